@@ -1,0 +1,1 @@
+"""Entry point of the `subquad` command and of `python -m subquad.cli`."""

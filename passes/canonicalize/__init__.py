@@ -1,0 +1,1 @@
+"""Exact simplifications that make different spellings of one computation look alike."""
