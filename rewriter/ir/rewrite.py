@@ -1,0 +1,73 @@
+"""What a rewrite is: a frozen dataclass whose fields are its knobs, with a contract, an admission test and an emitter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import sympy
+import torch
+import torch.fx
+
+from subquad.ir.contract import Contract
+from subquad.ir.refusal import Refusal
+from subquad.ir.site import Site
+
+BATCH, TIME = sympy.symbols("B T", integer=True, positive=True)
+
+
+@dataclass(frozen=True)
+class SiteOperator:
+    """The operator call that takes a site's place: which one, with which spec, and what it reads besides q, k and v.
+
+    operator: "softmax_attention" | "recurrence".  spec: the operator's canonical JSON.
+    parameters: names, under the site's parameter module, of learned tensors by operator argument.
+    """
+
+    operator: str
+    spec: str
+    parameters: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Rewrite(ABC):
+    """Base of all rewrites of attention sites; a subclass's fields are its knobs.
+
+    Dropping a module with a subclass into a family folder of `passes/` registers it under `name`.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+    matches: ClassVar[str]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def admits(self, site: Site) -> Refusal | None:
+        """None when the rewrite may replace the site, otherwise the reason why not."""
+
+    @abstractmethod
+    def operator(self, site: Site) -> SiteOperator:
+        """The operator call that replaces the site."""
+
+    @abstractmethod
+    def cost(self, site: Site) -> sympy.Expr:
+        """Floating-point operations of one call, in the symbols BATCH and TIME."""
+
+    def parameters(self, site: Site) -> dict[str, torch.Tensor]:
+        """Initial values of the tensors that the rewrite adds to the site's module; none by default."""
+        return {}
+
+    @classmethod
+    def examples(cls) -> Iterator[tuple[torch.nn.Module, tuple[Any, ...], str]]:
+        """(module, inputs, "applies" or "refuses: <words of the reason>") for the generic tests."""
+        yield from ()
+
+    def knobs(self) -> dict[str, Any]:
+        """The knob values by name, as stored in a plan."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        knobs = ", ".join(f"{key}={value}" for key, value in self.knobs().items())
+        return f"{self.name}({knobs})" if knobs else self.name

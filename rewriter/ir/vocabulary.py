@@ -1,0 +1,282 @@
+"""One table from the three graph dialects (ATen overloads, torch functions, methods and modules) to kinds with named arguments."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of operation: its name, named arguments with defaults, and how the dialects spell it.
+
+    aten: packet names under torch.ops.aten.  functions: callables that Dynamo or symbolic_trace put in a graph.
+    methods: Tensor method names.  modules: nn.Module classes that symbolic_trace keeps as leaves.
+    variadic: the last argument collects all remaining positional ones (`view(a, b, c)`).
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...]
+    aten: tuple[str, ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    methods: tuple[str, ...] = ()
+    modules: tuple[type, ...] = ()
+    variadic: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+def _kind(
+    name: str,
+    arguments: str,
+    aten: str = "",
+    functions: tuple[Callable[..., Any], ...] = (),
+    methods: str = "",
+    modules: tuple[type, ...] = (),
+    variadic: bool = False,
+    **aliases: str,
+) -> Kind:
+    parsed: list[tuple[str, Any]] = []
+    for word in arguments.split():
+        key, _, default = word.partition("=")
+        parsed.append((key, eval(default, {"inf": float("inf")}) if default else REQUIRED))
+    return Kind(
+        name, tuple(parsed), tuple(aten.split()), functions, tuple(methods.split()), modules, variadic, dict(aliases)
+    )
+
+
+KINDS: tuple[Kind, ...] = (
+    _kind("softmax", "x dim=None dtype=None", "softmax _safe_softmax", (torch.softmax, F.softmax), "softmax",
+          (torch.nn.Softmax,), input="x", self="x"),
+    _kind("softmax_core", "x dim half_to_float", "_softmax", self="x"),
+    _kind("sdpa", "q k v mask=None dropout=0.0 is_causal=False scale=None enable_gqa=False",
+          "scaled_dot_product_attention", (F.scaled_dot_product_attention,), query="q", key="k", value="v",
+          attn_mask="mask", dropout_p="dropout"),
+    _kind("matmul", "a b", "matmul bmm mm", (torch.matmul, torch.bmm, operator.matmul, torch.mm), "matmul bmm mm __matmul__",
+          input="a", self="a", other="b", mat2="b"),
+    _kind("mul", "a b", "mul mul_", (torch.mul, operator.mul, operator.imul, torch.multiply), "mul mul_ __mul__ __rmul__",
+          self="a", input="a", other="b"),
+    _kind("div", "a b rounding_mode=None", "div div_", (torch.div, operator.truediv, operator.itruediv),
+          "div div_ __truediv__", self="a", input="a", other="b"),
+    _kind("floordiv", "a b", "floor_divide", (torch.floor_divide, operator.floordiv), "floor_divide __floordiv__",
+          self="a", input="a", other="b"),
+    _kind("mod", "a b", "remainder", (torch.remainder, operator.mod), "remainder __mod__", self="a", input="a", other="b"),
+    _kind("add", "a b alpha=1", "add add_", (torch.add, operator.add, operator.iadd), "add add_ __add__ __radd__",
+          self="a", input="a", other="b"),
+    _kind("sub", "a b alpha=1", "sub sub_", (torch.sub, operator.sub, operator.isub), "sub sub_ __sub__",
+          self="a", input="a", other="b"),
+    _kind("rsub", "a b alpha=1", "rsub", (torch.rsub,), "__rsub__", self="a", input="a", other="b"),
+    _kind("neg", "x", "neg", (torch.neg, operator.neg), "neg __neg__", input="x", self="x"),
+    _kind("abs", "x", "abs", (torch.abs, operator.abs), "abs", input="x", self="x"),
+    _kind("tanh", "x", "tanh", (torch.tanh, F.tanh), "tanh", (torch.nn.Tanh,), input="x", self="x"),
+    _kind("where", "cond a b", "where", (torch.where,), "where", condition="cond", input="a", self="a", other="b"),
+    _kind("masked_fill", "x mask value", "masked_fill masked_fill_", (torch.masked_fill,), "masked_fill masked_fill_",
+          input="x", self="x"),
+    _kind("maximum", "a b", "maximum max", (torch.maximum, torch.max), "maximum max", self="a", input="a", other="b"),
+    _kind("le", "a b", "le", (torch.le, operator.le), "le __le__", self="a", input="a", other="b"),
+    _kind("lt", "a b", "lt", (torch.lt, operator.lt), "lt __lt__", self="a", input="a", other="b"),
+    _kind("ge", "a b", "ge", (torch.ge, operator.ge), "ge __ge__", self="a", input="a", other="b"),
+    _kind("gt", "a b", "gt", (torch.gt, operator.gt), "gt __gt__", self="a", input="a", other="b"),
+    _kind("eq", "a b", "eq", (torch.eq, operator.eq), "eq __eq__", self="a", input="a", other="b"),
+    _kind("ne", "a b", "ne", (torch.ne, operator.ne), "ne __ne__", self="a", input="a", other="b"),
+    _kind("and", "a b", "__and__ __iand__ bitwise_and bitwise_and_ logical_and",
+          (torch.bitwise_and, torch.logical_and, operator.and_, operator.iand), "logical_and bitwise_and __and__ __iand__",
+          self="a", input="a", other="b"),
+    _kind("or", "a b", "__or__ __ior__ bitwise_or bitwise_or_ logical_or",
+          (torch.bitwise_or, torch.logical_or, operator.or_, operator.ior), "logical_or bitwise_or __or__ __ior__",
+          self="a", input="a", other="b"),
+    _kind("not", "x", "bitwise_not logical_not", (torch.bitwise_not, torch.logical_not, operator.invert),
+          "logical_not bitwise_not __invert__", input="x", self="x"),
+    _kind("arange", "first second=None step=1", "arange", (torch.arange,), end="second", start="first"),
+    _kind("full", "size value", "full", (torch.full,), fill_value="value"),
+    _kind("ones", "size", "ones", (torch.ones,), variadic=True),
+    _kind("zeros", "size", "zeros", (torch.zeros,), variadic=True),
+    _kind("new_ones", "x size", "new_ones", (), "new_ones", self="x", variadic=True),
+    _kind("new_zeros", "x size", "new_zeros", (), "new_zeros", self="x", variadic=True),
+    _kind("new_full", "x size value", "new_full", (), "new_full", self="x", fill_value="value"),
+    _kind("ones_like", "x", "ones_like", (torch.ones_like,), self="x", input="x"),
+    _kind("zeros_like", "x", "zeros_like", (torch.zeros_like,), self="x", input="x"),
+    _kind("full_like", "x value", "full_like", (torch.full_like,), self="x", input="x", fill_value="value"),
+    _kind("scalar_tensor", "value", "scalar_tensor", (torch.scalar_tensor, torch.tensor), s="value", data="value"),
+    _kind("tril", "x diagonal=0", "tril", (torch.tril,), "tril", input="x", self="x"),
+    _kind("triu", "x diagonal=0", "triu", (torch.triu,), "triu", input="x", self="x"),
+    _kind("cumsum", "x dim", "cumsum", (torch.cumsum,), "cumsum", input="x", self="x"),
+    _kind("diff", "x n=1 dim=-1 prepend=None append=None", "diff", (torch.diff,), "diff", input="x", self="x"),
+    _kind("cast", "x to=None", "to type_as _to_copy type", (), "to type float bool int long half bfloat16 double type_as",
+          self="x", variadic=True),
+    _kind("dropout", "x p=0.5 train=True", "dropout", (torch.dropout, F.dropout), "", (torch.nn.Dropout,),
+          input="x", training="train", self="x"),
+    _kind("unsqueeze", "x dim", "unsqueeze", (torch.unsqueeze,), "unsqueeze", input="x", self="x"),
+    _kind("squeeze", "x dim=None", "squeeze", (torch.squeeze,), "squeeze", input="x", self="x"),
+    _kind("expand", "x size", "expand broadcast_to", (torch.broadcast_to,), "expand broadcast_to", self="x", input="x",
+          variadic=True),
+    _kind("view", "x size", "view reshape _unsafe_view", (torch.reshape,), "view reshape", self="x", input="x", shape="size",
+          variadic=True),
+    _kind("flatten", "x start_dim=0 end_dim=-1", "flatten", (torch.flatten,), "flatten", input="x", self="x"),
+    _kind("unflatten", "x dim sizes", "unflatten", (torch.unflatten,), "unflatten", input="x", self="x"),
+    _kind("transpose", "x dim0 dim1", "transpose swapaxes", (torch.transpose, torch.swapaxes), "transpose swapaxes",
+          input="x", self="x"),
+    _kind("t", "x", "t mT", (torch.t,), "t", input="x", self="x"),
+    _kind("permute", "x dims", "permute", (torch.permute,), "permute", input="x", self="x", variadic=True),
+    _kind("slice", "x dim=0 start=None end=None step=1", "slice", self="x"),
+    _kind("select", "x dim index", "select", (torch.select,), "select", input="x", self="x"),
+    _kind("narrow", "x dim start length", "narrow", (torch.narrow,), "narrow", input="x", self="x"),
+    _kind("split", "x size dim=0", "split", (torch.split,), "split", tensor="x", self="x", split_size_or_sections="size",
+          split_size="size"),
+    _kind("split_with_sizes", "x size dim=0", "split_with_sizes", (), "split_with_sizes", self="x", split_sizes="size"),
+    _kind("chunk", "x chunks dim=0", "chunk", (torch.chunk,), "chunk", input="x", self="x"),
+    _kind("getitem", "x index", "", (operator.getitem,), "__getitem__"),
+    _kind("index", "x indices", "index", self="x"),
+    _kind("contiguous", "x", "contiguous clone alias detach lift_fresh_copy detach_ lift_fresh",
+          (torch.clone, torch.detach), "contiguous clone detach", (torch.nn.Identity,), self="x", input="x"),
+    _kind("repeat_interleave", "x repeats dim=None output_size=None", "repeat_interleave", (torch.repeat_interleave,),
+          "repeat_interleave", self="x", input="x"),
+    _kind("cat", "tensors dim=0", "cat", (torch.cat, torch.concat), "", dim="dim"),
+    _kind("sym_size", "x dim=None", "sym_size", (), "size", self="x"),
+    _kind("linear", "x weight bias=None", "linear", (F.linear,), "", (), input="x"),
+    _kind("embedding", "weight indices", "embedding", (), "", ()),
+    _kind("topk", "x k dim=-1", "topk", (torch.topk,), "topk", input="x", self="x"),
+    _kind("reduction", "x dim=None", "sum mean amax argmax max any all logsumexp sort cumprod prod",
+          (torch.sum, torch.mean, torch.argmax, torch.amax, torch.sort), "sum mean argmax amax sort", self="x", input="x"),
+    _kind("log_softmax", "x dim=None", "log_softmax _log_softmax", (F.log_softmax, torch.log_softmax), "log_softmax",
+          (torch.nn.LogSoftmax,), self="x", input="x"),
+    _kind("assertion", "x", "_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range "
+          "sym_constrain_range_for_size", ()),
+)  # fmt: skip
+
+_BY_PACKET: dict[str, Kind] = {}
+_BY_FUNCTION: dict[Any, Kind] = {}
+_BY_METHOD: dict[str, Kind] = {}
+_BY_MODULE: dict[type, Kind] = {}
+for _k in KINDS:
+    for _n in _k.aten:
+        _BY_PACKET.setdefault(_n, _k)
+    for _f in _k.functions:
+        _BY_FUNCTION.setdefault(_f, _k)
+    for _n in _k.methods:
+        _BY_METHOD.setdefault(_n, _k)
+    for _m in _k.modules:
+        _BY_MODULE.setdefault(_m, _k)
+
+
+def module_of(node: torch.fx.Node) -> torch.nn.Module | None:
+    """The module that a call_module node calls, or None when its graph has no owner."""
+    owner = node.graph.owning_module
+    if owner is None or node.op != "call_module":
+        return None
+    return owner.get_submodule(str(node.target))
+
+
+def lookup(node: torch.fx.Node) -> Kind | None:
+    """The kind of a node in any dialect, or None when the vocabulary does not know it."""
+    if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target.namespace != "aten":
+                return None
+            return _BY_PACKET.get(node.target._schema.name.removeprefix("aten::"))
+        try:
+            return _BY_FUNCTION.get(node.target)
+        except TypeError:
+            return None
+    if node.op == "call_method":
+        return _BY_METHOD.get(str(node.target))
+    if node.op == "call_module":
+        module = module_of(node)
+        return _BY_MODULE.get(type(module)) if module is not None else None
+    return None
+
+
+def kind(node: Any) -> str:
+    """The kind's name; "" for a placeholder, an attribute, or an operation outside the vocabulary."""
+    found = lookup(node) if isinstance(node, torch.fx.Node) else None
+    return found.name if found else ""
+
+
+def arguments(node: torch.fx.Node) -> dict[str, Any]:
+    """The node's arguments by the kind's names, with defaults filled in.
+
+    For a module leaf (nn.Softmax, nn.Dropout) the settings come from the module.  Keyword arguments that are not in the
+    table (dtype=, device=, layout= of a factory) are kept under their own names.
+    Raises KeyError when the node has no kind.
+    """
+    found = lookup(node)
+    if found is None:
+        raise KeyError(f"{node.target} is not in the vocabulary")
+    if node.op == "call_module":
+        module = module_of(node)
+        named: dict[str, Any] = {"x": node.args[0]}
+        if found.name in ("softmax", "log_softmax"):
+            named["dim"] = module.dim  # type: ignore[union-attr]
+        if found.name == "dropout":
+            named["p"], named["train"] = module.p, module.training  # type: ignore[union-attr]
+        positional: tuple[Any, ...] = ()
+        keywords: dict[str, Any] = {}
+    else:
+        named = {}
+        positional, keywords = tuple(node.args), dict(node.kwargs)
+    names = [name for name, _ in found.arguments]
+    if found.name == "arange":
+        return _arange(positional, keywords)
+    if found.name == "where" and node.op == "call_method":
+        positional = (positional[1], positional[0], *positional[2:])
+    if found.name == "cast":
+        return _cast(node, positional, keywords)
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = [a.name for a in node.target._schema.arguments]
+        for name, value in zip(schema, positional, strict=False):
+            named[found.aliases.get(name, name)] = value
+        if found.name in ("view", "expand") and "size" not in named:
+            named["size"] = positional[1]
+    elif found.variadic and len(positional) >= len(names):
+        named.update(zip(names[:-1], positional, strict=False))
+        rest = positional[len(names) - 1 :]
+        named[names[-1]] = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple, torch.Size)) else list(rest)
+    elif found.name in ("softmax", "log_softmax") and node.op == "call_function":
+        named.update(zip(("x", "dim"), positional, strict=False))
+    else:
+        named.update(zip(names, positional, strict=False))
+    for key, value in keywords.items():
+        named[found.aliases.get(key, key)] = value
+    for name, default in found.arguments:
+        if name not in named:
+            if default is REQUIRED:
+                raise KeyError(f"{node.format_node()} lacks its argument {name!r}")
+            named[name] = default
+    return named
+
+
+def _arange(positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    start: Any = 0
+    step: Any = 1
+    if len(positional) == 1:
+        end = positional[0]
+    elif len(positional) >= 2:
+        start, end = positional[:2]
+        step = positional[2] if len(positional) > 2 else 1
+    else:
+        end = keywords["end"]
+    start, end, step = keywords.get("start", start), keywords.get("end", end), keywords.get("step", step)
+    return {"start": start, "end": end, "step": step, "dtype": keywords.get("dtype")}
+
+
+_METHOD_DTYPES = {
+    "float": torch.float32, "bool": torch.bool, "int": torch.int32, "long": torch.int64, "half": torch.float16,
+    "bfloat16": torch.bfloat16, "double": torch.float64,
+}  # fmt: skip
+
+
+def _cast(node: torch.fx.Node, positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    dtype = keywords.get("dtype")
+    if node.op == "call_method":
+        dtype = _METHOD_DTYPES.get(str(node.target), dtype)
+    for value in positional[1:]:
+        if isinstance(value, torch.dtype):
+            dtype = value
+    return {"x": positional[0] if positional else keywords["self"], "dtype": dtype}
