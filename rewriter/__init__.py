@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from subquad.ir.plan import Plan
     from subquad.ir.refusal import Refusal
     from subquad.ir.report import Report
-    from subquad.model_source import demo_weights
+    from subquad.packaged_weights import demo_weights
     from subquad.pipeline import inspect, list_passes, rewrite
     from subquad.verification import verify
 
@@ -31,7 +31,7 @@ _HOME = {
     "convert": "subquad.conversion",
     "save": "subquad.artifact",
     "load": "subquad.artifact",
-    "demo_weights": "subquad.model_source",
+    "demo_weights": "subquad.packaged_weights",
     "Contract": "subquad.ir.contract",
     "Plan": "subquad.ir.plan",
     "Refusal": "subquad.ir.refusal",
