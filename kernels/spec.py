@@ -121,5 +121,7 @@ class RecurrenceSpec(_Canonical):
             raise ValueError(f"RecurrenceSpec.sinks is {self.sinks} but window is 0; sinks belong to a window branch.")
         if not self.causal and (self.window or self.decay != "none" or self.update != "add"):
             raise ValueError("RecurrenceSpec.causal is False; then window must be 0, decay 'none' and update 'add'.")
-        if self.window and self.branch == "shared" and self.normaliser != "sum":
-            raise ValueError(f"RecurrenceSpec.normaliser is {self.normaliser!r}; a shared window branch needs 'sum'.")
+        if self.window and self.branch == "shared" and (self.normaliser != "sum" or self.update != "add"):
+            raise ValueError(
+                f"RecurrenceSpec has normaliser {self.normaliser!r} and update {self.update!r}; a shared window branch needs 'sum' and 'add'."
+            )

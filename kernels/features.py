@@ -1,0 +1,73 @@
+"""Applies the feature map of a recurrence and knows its width."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.expression import evaluate_all, parse
+from subquad.kernels.spec import RecurrenceSpec
+
+
+def features(texts: Sequence[str], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """phi(x) [B, H, T, F] of x [B, H, T, K] with weights [H, K, F'] in x's dtype; blocks are concatenated on the last axis."""
+    env: dict[str, Any] = {f"w{index}": weight.to(x.dtype) for index, weight in enumerate(weights)}
+    blocks = evaluate_all(texts, env | {"x": x}, "feature")
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+
+def width(texts: Sequence[str], key_width: Any, weights: Sequence[Tensor]) -> Any:
+    """F of the feature map, found from the expressions. Raises ValueError if a weight they read is missing."""
+    total: Any = 0
+    for text in texts:
+        total = total + _width(parse(text, "feature").node, key_width, weights)
+    return total
+
+
+def _width(node: ast.expr, key_width: Any, weights: Sequence[Tensor]) -> Any:
+    match node:
+        case ast.Name(id="x"):
+            return key_width
+        case ast.BinOp(op=ast.MatMult(), right=ast.Name(id=name)):
+            if int(name[1:]) >= len(weights):
+                raise ValueError(f"The feature map reads {name} but {len(weights)} weights were given.")
+            return weights[int(name[1:])].shape[-1]
+        case ast.BinOp(left=left, right=right):
+            left_width = _width(left, key_width, weights)
+            return _width(right, key_width, weights) if left_width == 1 else left_width
+        case ast.UnaryOp(operand=inner):
+            return _width(inner, key_width, weights)
+        case ast.Call(args=[inner]):
+            return _width(inner, key_width, weights)
+    return 1
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, Hkv, K] as [B, H, T, K], each KV head repeated for the query heads that read it."""
+    group = heads // x.shape[2]
+    x = x.transpose(1, 2)
+    return x if group == 1 else x.repeat_interleave(group, 1)
+
+
+def normalise(numerator: Tensor, denominator: Tensor, spec: RecurrenceSpec) -> Tensor:
+    """Linear output [.., V] from phi(q) S [.., V] and phi(q).z [.., 1], as spec.normaliser says."""
+    if spec.normaliser == "sum":
+        return numerator / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+    value = numerator * spec.scale
+    if spec.normaliser == "rms":
+        return value * torch.rsqrt((value * value).mean(-1, keepdim=True) + 1e-6)
+    if spec.normaliser == "group":
+        return (value - value.mean(-1, keepdim=True)) * torch.rsqrt(value.var(-1, keepdim=True, unbiased=False) + 1e-6)
+    return value
+
+
+def gate(window_gate: Tensor | None, spec: RecurrenceSpec, like: Tensor) -> Tensor:
+    """log gamma [H] of the window branch, in like's dtype."""
+    if window_gate is None:
+        gamma = 1.0 if spec.branch == "shared" else 0.5
+        return torch.log(torch.full((1,), gamma, dtype=like.dtype, device=like.device))
+    return torch.nn.functional.logsigmoid(window_gate.to(like.dtype))
