@@ -1,12 +1,44 @@
-"""Operators: importing this package registers them with torch.library; it knows tensors, never graphs."""
+"""Operators on tensors: softmax attention over segments, and the recurrence with a window branch."""
 
 import sys
 
 if __name__ == "kernels":
-    # Python was started in the repository root, so that this folder hides PyPI's `kernels`: hand over to the real one.
+    # The repository root is on sys.path and this folder was taken for PyPI's `kernels`: give way to the real package.
     from pathlib import Path
 
     _root = Path(__file__).resolve().parent.parent
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _root]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
     del sys.modules["kernels"]
-    sys.modules["kernels"] = __import__("kernels")
+    import kernels  # noqa: F401
+else:
+    from subquad.kernels.decomposition import decompositions
+    from subquad.kernels.expression import evaluate, parse
+    from subquad.kernels.intervals import block_tests
+    from subquad.kernels.provider import provide, provided
+    from subquad.kernels.recurrence_op import recurrence
+    from subquad.kernels.recurrence_reference import recurrence_reference
+    from subquad.kernels.recurrence_torch import recurrence_torch
+    from subquad.kernels.softmax_op import softmax_attention
+    from subquad.kernels.softmax_reference import softmax_attention_reference
+    from subquad.kernels.softmax_torch import softmax_attention_torch
+    from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
+    from subquad.kernels.state import merge, merge_all
+
+    __all__ = [
+        "RecurrenceSpec",
+        "SoftmaxSpec",
+        "block_tests",
+        "decompositions",
+        "evaluate",
+        "merge",
+        "merge_all",
+        "parse",
+        "provide",
+        "provided",
+        "recurrence",
+        "recurrence_reference",
+        "recurrence_torch",
+        "softmax_attention",
+        "softmax_attention_reference",
+        "softmax_attention_torch",
+    ]

@@ -1,0 +1,20 @@
+"""Lists the traceable torch form of each operator, for Inductor and run_decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from subquad.kernels.recurrence_torch import recurrence_torch
+from subquad.kernels.softmax_torch import softmax_attention_torch
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """Decomposition table {operator: torch form}; the forms keep sizes symbolic, and keep the operator where they have no form."""
+    return {
+        torch.ops.subquad.softmax_attention.default: softmax_attention_torch,
+        torch.ops.subquad.recurrence.default: recurrence_torch,
+    }
