@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from subquad.ir.errors import CaptureError
+from subquad.ir.graph import attribute, hang
 
 CONSTANTS = "_subquad_constants"
 
@@ -210,20 +211,8 @@ def from_exported_program(program: ExportedProgram, root: torch.nn.Module | None
 def _adopt(target: torch.nn.Module, owner: torch.nn.Module, graph: torch.fx.Graph) -> None:
     """Hang the owner's parameters and buffers that the graph reads under the same dotted names, as the same objects."""
     for node in graph.nodes:
-        if node.op != "get_attr" or node.target.startswith(CONSTANTS):
-            continue
-        *path, name = node.target.split(".")
-        place, source = target, owner
-        for part in path:
-            source = getattr(source, part)
-            if not hasattr(place, part):
-                place.add_module(part, torch.nn.Module())
-            place = getattr(place, part)
-        value = getattr(source, name)
-        if isinstance(value, torch.nn.Parameter):
-            place.register_parameter(name, value)
-        else:
-            place.register_buffer(name, value)
+        if node.op == "get_attr" and not node.target.startswith(CONSTANTS):
+            hang(target, node.target, attribute(owner, node.target))
 
 
 def _module_tree(program: ExportedProgram) -> torch.nn.Module:
@@ -233,16 +222,7 @@ def _module_tree(program: ExportedProgram) -> torch.nn.Module:
         if spec.kind == InputKind.BUFFER and spec.target is not None and spec.target not in tensors:
             tensors[spec.target] = program.constants[spec.target]
     for name, value in tensors.items():
-        *path, leaf = name.split(".")
-        place = root
-        for part in path:
-            if not hasattr(place, part):
-                place.add_module(part, torch.nn.Module())
-            place = getattr(place, part)
-        if isinstance(value, torch.nn.Parameter):
-            place.register_parameter(leaf, value)
-        else:
-            place.register_buffer(leaf, value, persistent=name in program.state_dict)
+        hang(root, name, value)
     return root
 
 

@@ -113,3 +113,18 @@ def attribute(root: torch.nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def hang(root: torch.nn.Module, name: str, value: Any) -> None:
+    """Set a parameter, buffer or module under a dotted name, making empty modules on the way."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, torch.nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, torch.nn.Module):
+        root.add_module(leaf, value)
+    elif isinstance(value, torch.nn.Parameter):
+        root.register_parameter(leaf, value)
+    else:
+        root.register_buffer(leaf, value)

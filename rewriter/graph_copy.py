@@ -1,0 +1,50 @@
+"""Copy a capture so that it can be edited, and carry findings over to the copy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import torch.fx
+
+from subquad.capture import Capture
+from subquad.ir.graph import hang
+from subquad.ir.mask import Mask
+from subquad.ir.site import Bias, Operand, Site
+
+Node = torch.fx.Node
+
+
+def copy_capture(capture: Capture) -> tuple[Capture, dict[Node, Node]]:
+    """A capture with its own graph and the same parameter objects, and the map from old to new nodes."""
+    graph = torch.fx.Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(capture.graph.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    attributes = torch.nn.Module()
+    for name, parameter in capture.graph.named_parameters(remove_duplicate=False):
+        hang(attributes, name, parameter)
+    for name, buffer in capture.graph.named_buffers(remove_duplicate=False):
+        hang(attributes, name, buffer)
+    for name, child in capture.graph.named_modules():
+        if any(n.op == "call_module" and n.target == name for n in graph.nodes):
+            hang(attributes, name, child)
+    return replace(capture, graph=torch.fx.GraphModule(attributes, graph)), mapping
+
+
+def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
+    """The same site in the copied graph."""
+
+    def operand(o: Operand) -> Operand:
+        return Operand(mapping[o.node], o.axes)
+
+    mask = site.mask
+    moved = Mask(
+        mask.predicate, tuple(replace(t, node=mapping[t.node]) for t in mask.tables), mask.empty_rows, None, mask.evidence
+    )
+    return replace(
+        site, q=operand(site.q), k=operand(site.k), v=operand(site.v), out=mapping[site.out], mask=moved,
+        biases=tuple(Bias(mapping[b.node], b.factor, b.role) for b in site.biases),
+        sinks=None if site.sinks is None else mapping[site.sinks],
+        absorbed=tuple(mapping[n] for n in site.absorbed),
+    )  # fmt: skip

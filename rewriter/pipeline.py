@@ -1,0 +1,204 @@
+"""The drivers `inspect`, `rewrite` and `list_passes`: capture, recognise, plan, apply, verify."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, overload
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from subquad.application import apply_plan, restore, rewritten
+from subquad.capture import Capture, capture
+from subquad.fingerprint import fingerprint
+from subquad.ir.contract import Contract
+from subquad.ir.errors import PlanError, SelectionError, did_you_mean
+from subquad.ir.plan import Plan, Step
+from subquad.ir.refusal import Refusal
+from subquad.ir.report import Report
+from subquad.ir.rewrite import Rewrite
+from subquad.ir.site import Site
+from subquad.pass_spec import make_pass, parse_passes
+from subquad.passes import discover
+from subquad.recognition import recognise
+
+Passes = str | Rewrite | Iterable[str | Rewrite] | None
+EXACT_DEFAULT = ("fuse",)
+"""What `rewrite` applies when no pass is named: exact rewrites only."""
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """One available pass: its name, contract, what it matches, its knobs with defaults, and the paper."""
+
+    name: str
+    contract: Contract
+    matches: str
+    knobs: dict[str, Any]
+    paper: str
+
+    def json(self) -> dict[str, Any]:
+        """The public words of a pass."""
+        return {
+            "name": self.name,
+            "contract": self.contract.value,
+            "matches": self.matches,
+            "knobs": self.knobs,
+            "paper": self.paper,
+        }
+
+
+def list_passes() -> list[PassInfo]:
+    """Every pass that exists."""
+    return [
+        PassInfo(name, kind.contract, kind.matches, {f.name: f.default for f in fields(kind)}, kind.paper)
+        for name, kind in discover().items()
+    ]
+
+
+def inspect(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Report:
+    """Find every attention site of a model and every reason why something is none; changes nothing.
+
+    model: nn.Module, ExportedProgram or fx GraphModule.  example_inputs: what its forward takes; may be left out for a
+    Hugging Face text model.  Raises CaptureError when the forward cannot be captured.
+    """
+    return _captured_report(model, example_inputs)[1]
+
+
+def _captured_report(model: nn.Module | ExportedProgram, example_inputs: Any) -> tuple[Capture, Report]:
+    report = Report()
+    start = time.perf_counter()
+    captured = capture(model, example_inputs)
+    report.seconds["capture"] = time.perf_counter() - start
+    return captured, recognise(captured, report)
+
+
+@overload
+def rewrite(model: nn.Module | ExportedProgram, *, passes: Passes = ..., where: str | None = ..., example_inputs: Any = ...,
+            plan: Plan | str | None = ..., verify: bool = ...) -> nn.Module: ...  # fmt: skip
+
+
+@overload
+def rewrite(model: None = None, *, passes: Passes = ..., where: str | None = ..., example_inputs: Any = ...,
+            plan: Plan | str | None = ..., verify: bool = ...) -> Callable[[type[nn.Module]], type[nn.Module]]: ...  # fmt: skip
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram | type[nn.Module] | None = None,
+    *,
+    passes: Passes = None,
+    where: str | None = None,
+    example_inputs: Any = None,
+    plan: Plan | str | None = None,
+    verify: bool = True,
+) -> Any:
+    """Rewrite a model in place and return it, or decorate an nn.Module class so that its instances rewrite themselves.
+
+    model: nn.Module, ExportedProgram or fx GraphModule; None or a class makes this a decorator.  passes: one or several
+    written passes ("fuse", "linearize:lolcats(window=64)"); None applies the exact ones.  where: a pattern for module
+    paths (`model.layers.*`).  plan: a Plan or its text, instead of passes.  verify: measure every rewrite against the
+    original and roll back what breaks its contract.  The module keeps its class, parameter objects and names; its
+    `report` attribute tells what was done.
+    Raises PassError, SelectionError, PlanError or CaptureError for a user's mistake; then nothing was changed.
+    """
+    if model is None or isinstance(model, type):
+        from subquad.decoration import decorate
+
+        return decorate(model, passes=passes, where=where, verify=verify)
+    if plan is not None and (passes is not None or where is not None):
+        raise PlanError("give either a plan, or passes and a pattern, not both.")
+    chosen = None if plan is not None else parse_passes(EXACT_DEFAULT if passes is None else passes)
+    parsed = Plan.parse(plan) if isinstance(plan, str) else plan
+    if isinstance(model, nn.Module) and rewritten(model) is not None:
+        restore(model)
+    if parsed is not None and isinstance(model, nn.Module) and parsed.model != fingerprint(model):
+        raise PlanError(
+            f"the plan was made for another model: it has fingerprint {parsed.model}, this one {fingerprint(model)}."
+        )
+    captured, report = _captured_report(model, example_inputs)
+    if parsed is not None:
+        steps = planned_steps(parsed, report.sites)
+    else:
+        steps = choose(chosen or [], report, where)
+    return carry_out(captured, report, steps, verify)
+
+
+def carry_out(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], verify: bool) -> nn.Module:
+    """Apply chosen steps to a capture's root, verify them, and roll back what breaks its contract."""
+    start = time.perf_counter()
+    root = _apply(captured, report, steps)
+    report.seconds["apply"] = time.perf_counter() - start
+    if verify and steps:
+        from subquad.verification import failed_steps
+
+        start = time.perf_counter()
+        broken = failed_steps(root)
+        report.seconds["verify"] = time.perf_counter() - start
+        if broken:
+            report.rolled_back.extend(broken)
+            paths = {refusal.path for refusal in broken}
+            restore(root)
+            root = _apply(captured, report, [(s, r) for s, r in steps if s.path not in paths])
+    return root
+
+
+def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]]) -> nn.Module:
+    plan = Plan(
+        tuple(Step(site.path, step.name, tuple(sorted(step.knobs().items()))) for site, step in steps),
+        fingerprint(captured.root),
+    )
+    report.plan = plan
+    report.applied = [
+        {"path": site.path, "pass": str(step), "contract": step.contract.value, "mask": site.mask.family} for site, step in steps
+    ]
+    return apply_plan(captured, steps, plan, report)
+
+
+def choose(chosen: list[Rewrite], report: Report, where: str | None) -> list[tuple[Site, Rewrite]]:
+    """Give every selected site to the first pass that admits it; the reasons of those that do not go to the report.
+
+    Raises SelectionError when `where` matches no site, or when the model has none.
+    """
+    if not report.sites:
+        reasons = "; ".join(dict.fromkeys(str(refusal) for refusal in report.refusals[:3]))
+        raise SelectionError(f"no attention was found, so there is nothing to rewrite: {reasons}")
+    selected = [site for site in report.sites if where is None or _matches(site.path, where)]
+    if not selected:
+        raise SelectionError(
+            f"the pattern {where!r} matches no attention site; {did_you_mean(where or '', [s.path for s in report.sites[:6]])}"
+        )
+    steps: list[tuple[Site, Rewrite]] = []
+    for site in selected:
+        refusals: list[Refusal] = []
+        for candidate in chosen:
+            refusal = candidate.admits(site)
+            if refusal is None:
+                steps.append((site, candidate))
+                break
+            refusals.append(refusal)
+        else:
+            report.refused.extend(refusals)
+    return steps
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern.rstrip(".") + ".*")
+
+
+def planned_steps(plan: Plan, sites: list[Site]) -> list[tuple[Site, Rewrite]]:
+    """The steps of a plan on a model's sites; raises PlanError for a site that the model lacks or does not admit."""
+    by_path = {site.path: site for site in sites}
+    steps = []
+    for step in plan.steps:
+        site = by_path.get(step.path)
+        if site is None:
+            raise PlanError(f"the plan names the site {step.path!r}; {did_you_mean(step.path, by_path)}")
+        made = make_pass(step.rewrite, dict(step.knobs))
+        refusal = made.admits(site)
+        if refusal is not None:
+            raise PlanError(f"the plan's {step.rewrite!r} does not fit: {refusal}")
+        steps.append((site, made))
+    return steps
