@@ -16,8 +16,8 @@ else:
     from subquad.kernels.intervals import block_tests
     from subquad.kernels.provider import provide, provided
     from subquad.kernels.recurrence_op import recurrence
-    from subquad.kernels.recurrence_reference import recurrence_reference
-    from subquad.kernels.recurrence_torch import recurrence_torch
+    from subquad.kernels.recurrence_by_token import recurrence_reference
+    from subquad.kernels.recurrence_forms import recurrence_torch
     from subquad.kernels.softmax_op import softmax_attention
     from subquad.kernels.softmax_reference import softmax_attention_reference
     from subquad.kernels.softmax_torch import softmax_attention_torch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from subquad.kernels.recurrence_torch import recurrence_torch
+from subquad.kernels.recurrence_forms import recurrence_torch
 from subquad.kernels.softmax_torch import softmax_attention_torch
 
 

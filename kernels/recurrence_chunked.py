@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from subquad.kernels.features import features, gate, normalise, repeat_heads
-from subquad.kernels.recurrence_reference import Result
+from subquad.kernels.recurrence_by_token import Result
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
 CHUNK = 64
 """Tokens per chunk; inputs known to be no longer than this are one chunk."""
+MATRIX_COUNT = 32
+"""Chunk counts up to which the prefix sum of states is a product with a triangle of ones, which moves less memory than cumsum."""
 
 
 def supports(spec: RecurrenceSpec) -> bool:
@@ -44,7 +46,7 @@ def recurrence_chunked(
 
     Let E be the window's history (w slots, oldest first) followed by the T new keys. Token i evicts E[i], its window is E[i+1 .. i+w]:
     chunk c therefore needs the state over E[: cC], the keys E[cC : cC + C] under a triangle (linear) and E[cC : cC + C + w] under a band
-    (softmax). `deep` promises that every row has seen at least sinks + window tokens, which leaves the masks to the band alone.
+    (softmax). With p the softmax over the window, sum_W exp(s - max) is 1 / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves the masks to the band alone.
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
@@ -58,48 +60,46 @@ def recurrence_chunked(
     chunk: Any = total if statically_known_true(total <= CHUNK) and not statically_known_true(total == 0) else CHUNK
     count = (total + chunk - 1) // chunk
     span = count * chunk
+    whole = statically_known_true(span == total)
 
     sink_k, ring_k = _history(window_k, past, k, spec)
     sink_v, ring_v = _history(window_v, past, v, spec)
-    keys = F.pad(torch.cat([ring_k, k.to(dtype)], 1), (0, 0, 0, 0, 0, span - total))
-    values = F.pad(torch.cat([ring_v, v.to(dtype)], 1), (0, 0, 0, 0, 0, span - total))
+    keys, values = torch.cat([ring_k, k.to(dtype)], 1), torch.cat([ring_v, v.to(dtype)], 1)
+    if not whole:
+        keys, values = (F.pad(x, (0, 0, 0, 0, 0, span - total)) for x in (keys, values))
     slots = torch.arange(spec.window + span, device=q.device)
     number = past[:, None] - spec.window + slots
-    query = F.pad(q.to(dtype), (0, 0, 0, 0, 0, span - total))
+    query = q.to(dtype)
+    if not whole:
+        query = F.pad(query, (0, 0, 0, 0, 0, span - total))
 
     leaving = features(spec.feature_map, repeat_heads(keys[:, :span], heads), feature_k)
-    if not deep or valid is not None or not statically_known_true(span == total):
+    if not (deep and whole and valid is None):
         stays = (number[:, :span] >= spec.sinks) & (slots[:span] < live)
         leaving = leaving * stays[:, None, :, None].to(dtype)
     phi_q = features(spec.feature_map, query.transpose(1, 2), feature_q).unflatten(2, (count, chunk))
     phi_k = leaving.unflatten(2, (count, chunk))
     ones = values.new_ones(*values.shape[:3], 1)
-    folded = repeat_heads(torch.cat([values[:, :span], ones[:, :span]], -1), heads).unflatten(2, (count, chunk))
-    added = torch.matmul(phi_k.transpose(3, 4), folded)
-    start = added.new_zeros(*added.shape[:2], 1, *added.shape[3:]) if state is None else state.to(dtype)[:, :, None]
-    running = torch.cumsum(torch.cat([start, added], 2), 2)
-    far = torch.matmul(phi_q, running[:, :, :-1])
-    near = torch.matmul(phi_q, phi_k.transpose(3, 4)).tril()
-    final = running[:, :, -1]
+    summed = repeat_heads(torch.cat([values, ones], -1)[:, :span], heads).unflatten(2, (count, chunk))
+    before, final = _running(torch.matmul(phi_k.transpose(3, 4), summed), state)
+    triangle = torch.matmul(phi_q, phi_k.transpose(3, 4)).tril()
+    linear = torch.matmul(phi_q, before) + torch.matmul(triangle, summed)
 
     if spec.window == 0:
-        mixed = far + torch.matmul(near, folded)
-        out = normalise(mixed[..., :-1], mixed[..., -1:], spec).flatten(2, 3).transpose(1, 2)
+        out = normalise(linear[..., :-1], linear[..., -1:], spec).flatten(2, 3).transpose(1, 2)
     else:
         sinks_k, sinks_v = _with_new(sink_k, k, past, spec), _with_new(sink_v, v, past, spec)
-        local = _scores(query, keys, sinks_k, count, chunk, spec)
-        allowed = _allowed(number, past, count, chunk, spec, deep)
-        local = local.masked_fill(~allowed, -torch.inf)
+        local = _scores(query, keys * spec.scale, sinks_k * spec.scale, count, chunk, spec)
+        hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(~_allowed(number, past, count, chunk, spec, deep), -torch.inf)
+        weight = torch.softmax(local.add_(hidden), -1)
         log_gamma = gate(window_gate, spec, local)
         if log_gamma.shape[0] > 1:
             log_gamma = log_gamma.view(kv_heads, 1, -1, 1, 1)
-        weight = torch.exp(local - (local.amax(-1, keepdim=True) - log_gamma))
-        near = near.unflatten(1, (kv_heads, -1)).transpose(2, 3)
-        weight = weight + F.pad(near, (spec.sinks, spec.window))
+        mass = torch.exp(log_gamma) / weight.amax(-1, keepdim=True)
         slab = _slabs(values, sinks_v, count, chunk, spec).transpose(3, 4)
-        far = far.unflatten(1, (kv_heads, -1)).transpose(2, 3)
-        mixed = torch.matmul(weight.flatten(3, 4), slab).unflatten(3, (-1, chunk)) + far[..., :-1]
-        out = mixed / (weight.sum(-1, keepdim=True) + far[..., -1:])
+        nearby = torch.matmul(weight.flatten(3, 4), slab).unflatten(3, (-1, chunk))
+        linear = linear.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+        out = torch.addcmul(linear[..., :-1], nearby, mass) / (mass + linear[..., -1:])
         out = out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
     out = out[:, :total]
     if order is not None and valid is not None:
@@ -108,6 +108,28 @@ def recurrence_chunked(
     after = past + (live if order is None else live[:, 0])
     after = after.expand(q.shape[0]).contiguous()
     return out, final, _buffer(keys, sink_k, k, past, after, spec), _buffer(values, sink_v, v, past, after, spec), after
+
+
+def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States before each chunk and after the last, from the start state and what each chunk adds [B, H, count, F, V + 1]."""
+    count = added.shape[2]
+    if statically_known_true(count == 1):
+        start = torch.zeros_like(added) if state is None else state.to(added.dtype)[:, :, None]
+        return start, (start + added)[:, :, 0]
+    if statically_known_true(count <= MATRIX_COUNT):
+        strict = torch.ones(count + 1, count, dtype=added.dtype, device=added.device).tril(-1)
+        flat = added.flatten(0, 1).flatten(2)
+        strict = strict.expand(flat.shape[0], -1, -1)
+        if state is None:
+            sums = torch.bmm(strict, flat)
+        else:
+            sums = torch.baddbmm(state.to(added.dtype).flatten(0, 1).flatten(1)[:, None], strict, flat)
+        sums = sums.unflatten(2, added.shape[3:]).unflatten(0, added.shape[:2])
+    else:
+        sums = F.pad(torch.cumsum(added, 2), (0, 0, 0, 0, 1, 0))
+        if state is not None:
+            sums = sums + state.to(added.dtype)[:, :, None]
+    return sums[:, :, :-1], sums[:, :, -1]
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
@@ -149,9 +171,9 @@ def _slabs(x: Tensor, sinks: Tensor, count: Any, chunk: Any, spec: RecurrenceSpe
 
 
 def _scores(query: Tensor, keys: Tensor, sinks: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
-    """Window scores [B, Hkv, count, G, chunk, sinks + chunk + window]."""
+    """Window scores [B, Hkv, count, G, chunk, sinks + chunk + window] of keys and sinks already scaled."""
     kv_heads = keys.shape[2]
-    rows = (query * spec.scale).unflatten(2, (kv_heads, -1)).unflatten(1, (count, chunk)).permute(0, 3, 1, 4, 2, 5)
+    rows = query.unflatten(2, (kv_heads, -1)).unflatten(1, (count, chunk)).permute(0, 3, 1, 4, 2, 5)
     return torch.matmul(rows.flatten(3, 4), _slabs(keys, sinks, count, chunk, spec)).unflatten(3, (-1, chunk))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.kernels import recurrence_torch as forms
+from subquad.kernels import recurrence_forms as forms
 from subquad.kernels.provider import provided
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec

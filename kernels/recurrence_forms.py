@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.kernels.autograd_scope import recording
 from subquad.kernels.features import features, normalise, repeat_heads, width
 from subquad.kernels.recurrence_chunked import recurrence_chunked, supports
-from subquad.kernels.recurrence_reference import Result, recurrence_reference, sequences
+from subquad.kernels.recurrence_by_token import Result, recurrence_reference, sequences
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
