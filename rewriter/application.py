@@ -91,20 +91,22 @@ def rewritten_capture(capture: Capture, replacements: tuple[Replacement, ...]) -
 
 
 def _replacement(root: nn.Module, site: Site, rewrite: Rewrite) -> Replacement:
-    owner = site.path.split("@")[0]
+    path, _, number = site.path.partition("#")
+    owner = path.split("@")[0]
     try:
         module = root.get_submodule(owner)
     except AttributeError:
         owner, module = "", root
-    prefix = f"{owner}.{PARAMETERS}" if owner else PARAMETERS
+    holder_name = PARAMETERS + number
+    prefix = f"{owner}.{holder_name}" if owner else holder_name
     initial = rewrite.parameters(site)
-    if initial and not hasattr(module, PARAMETERS):
+    if initial and not hasattr(module, holder_name):
         holder = nn.Module()
         reference = next(iter(module.parameters()), None)
         for name, value in initial.items():
             moved = value if reference is None else value.to(reference.device)
             holder.register_parameter(name, nn.Parameter(moved))
-        module.add_module(PARAMETERS, holder)
+        module.add_module(holder_name, holder)
     return Replacement(site, rewrite, rewrite.operator(site), prefix)
 
 
@@ -139,7 +141,7 @@ def _has_seam(root: nn.Module, record: Rewritten) -> bool:
     if not hasattr(root, "set_attn_implementation") or not hasattr(root, "config"):
         return False
     plain = {"full", "causal", "padding(attention_mask)", "causal & padding(attention_mask)"}
-    if not all(r.site.mask.family in plain and not r.site.biases and r.site.sinks is None for r in record.replacements):
+    if not all("#" not in r.site.path and r.site.mask.family in plain and not r.site.biases and r.site.sinks is None for r in record.replacements):
         return False
     return bool(type(root)._can_set_attn_implementation())
 
@@ -241,11 +243,34 @@ def restore(model: nn.Module) -> nn.Module:
     record.undo()
     for replacement in record.replacements:
         if replacement.call.parameters:
-            owner = model.get_submodule(replacement.prefix.rpartition(".")[0])
-            owner._modules.pop(PARAMETERS, None)
+            owner, _, holder_name = replacement.prefix.rpartition(".")
+            model.get_submodule(owner)._modules.pop(holder_name, None)
     model.__dict__.pop(STATE, None)
     model.__dict__.pop("report", None)
     return model
+
+
+@dataclass(frozen=True)
+class AppliedSite:
+    """One rewritten site of a module: its path, the owning module, what the rewrite added (by name), and the rewrite."""
+
+    path: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    rewrite: Rewrite
+
+
+def applied_sites(model: nn.Module) -> list[AppliedSite]:
+    """The rewritten sites in execution order; empty for a module that was not rewritten."""
+    record = rewritten(model)
+    found = []
+    for replacement in record.replacements if record is not None else ():
+        owner, _, holder = replacement.prefix.rpartition(".")
+        module = model.get_submodule(owner)
+        learned = module._modules.get(holder)
+        parameters = dict(learned.named_parameters()) if learned is not None else {}
+        found.append(AppliedSite(replacement.site.path, module, parameters, replacement.rewrite))
+    return found
 
 
 @contextmanager
@@ -260,3 +285,23 @@ def original_forward(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         record.undo = record.redo()
+
+
+def rebind(model: nn.Module) -> nn.Module:
+    """Apply a module's own plan again after its tree changed (adapters injected or merged); learned tensors are kept.
+
+    A Hugging Face model needs nothing, because its attention modules still run their own forward.
+    """
+    record = rewritten(model)
+    if record is None or "forward" not in model.__dict__:
+        return model
+    from subquad.capture import capture
+    from subquad.recognition import recognise
+
+    record.undo()
+    constants = {name: value for name, value in record.original.constants.items() if value is not None}
+    captured = capture(model, {**record.original.example, **constants})
+    fresh = recognise(captured, Report())
+    by_path = {site.path: site for site in fresh.sites}
+    steps = [(by_path[r.site.path], r.rewrite) for r in record.replacements]
+    return apply_plan(captured, steps, record.plan, record.report)

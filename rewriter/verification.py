@@ -15,7 +15,7 @@ from subquad.emission import emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.errors import SubquadError
-from subquad.ir.graph import attribute, dtype_of, hang, node_inputs, shape_of
+from subquad.ir.graph import attribute, dtype_of, hang, node_inputs
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Measurement, Report
 from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
@@ -152,20 +152,21 @@ def _real_rows(
     return ordered.reshape(view).expand_as(output)
 
 
-class _Double(torch.fx.Interpreter):
-    """Runs a captured graph with every floating type widened to float64."""
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Run one node on widened arguments."""
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
-        return pytree.tree_map(_widened, getattr(self, n.op)(n.target, args, kwargs))
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-        return value.double()
-    return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) and isinstance(value, torch.dtype) else value
+def _double_output(capture: Capture, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The first output of the captured graph on the given inputs, every floating type widened to float64."""
+    graph = capture.graph.graph
+    tensors = {n: capture.known_tensors[n.name] for n in graph.nodes if n.name in capture.known_tensors}
+    run = ConcreteRun(capture.graph, capture.example, tensors, 1, 1, "none", double=True)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, capture.inputs, strict=False):
+        value = inputs[name]
+        run.known[node] = value.double() if value.dtype.is_floating_point else value
+    output = graph.output_node().args[0]
+    with torch.no_grad():
+        leaves = pytree.tree_map(lambda n: run.value(n) if isinstance(n, torch.fx.Node) else n, output)
+    if capture.out_spec is not None:
+        leaves = pytree.tree_unflatten(list(leaves), capture.out_spec)
+    return _first_tensor(leaves)
 
 
 def _first_tensor(output: Any) -> torch.Tensor:
@@ -183,7 +184,7 @@ def logits_rung(root: nn.Module, record: Rewritten, example_inputs: Any) -> Meas
         given = example_inputs if isinstance(example_inputs, dict) else dict(zip(capture.inputs, example_inputs, strict=False))
         inputs.update({k: v for k, v in given.items() if isinstance(v, torch.Tensor)})
     with torch.no_grad():
-        judge = _first_tensor(_Double(capture.graph).run(*[inputs[name] for name in capture.inputs]))
+        judge = _double_output(capture, inputs)
         after = _first_tensor(_call(root, capture, inputs))
         with original_forward(root):
             before = _first_tensor(_call(root, capture, inputs))
@@ -194,7 +195,7 @@ def logits_rung(root: nn.Module, record: Rewritten, example_inputs: Any) -> Meas
     error, own = relative_error(after, judge), relative_error(before, judge)
     exact = all(r.rewrite.contract is not Contract.APPROXIMATE for r in record.replacements)
     allowed = allowed_error(own, before.dtype) if exact else None
-    shape = "×".join(str(s) for s in (shape_of(None) or before.shape))
+    shape = "×".join(str(s) for s in before.shape)
     return Measurement(
         "logits", "", error, allowed, allowed is None or error <= allowed, f"{shape}, original's own error {own:.2e}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -18,7 +19,8 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_check import MaskCheck
-from subquad.passes.recognize.operands import DIM, TIME, Peeled, peel
+from subquad.passes.recognize.operands import Peeled, peel
+from subquad.passes.recognize.product import DIM, TIME, Product, read_product
 from subquad.passes.recognize.score_chain import NotAttention, Scores, canonical, read_scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, visible
 
@@ -47,7 +49,18 @@ def find_attention(
         except NotAttention as no:
             what = "attention" if kind(node) == "sdpa" else "softmax"
             refusals.append(Refusal(module_path(node), what, no.reason + ".", source_of(no.node) or source_of(node)))
-    return sites, refusals
+    return _numbered(sites), refusals
+
+
+def _numbered(sites: list[Site]) -> list[Site]:
+    """Distinct paths: the second and later sites of one module get #1, #2, … behind its path."""
+    seen: dict[str, int] = {}
+    result = []
+    for site in sites:
+        count = seen.get(site.path, 0)
+        seen[site.path] = count + 1
+        result.append(replace(site, path=f"{site.path}#{count}") if count else site)
+    return result
 
 
 class _Finder:
@@ -107,18 +120,18 @@ class _Finder:
         scores = read_scores(a["x"], self.algebra)
         if rank not in (3, 4) or rank_of(scores.product) != rank:
             raise NotAttention(f"the scores have {rank} axes; three or four are understood", node)
-        product = arguments(scores.product)
-        if _is_weight(product["b"]) or _is_weight(product["a"]):
+        product = read_product(scores.product)
+        if product is None:
+            raise NotAttention("the scores come from a product that does not pair queries with keys", scores.product)
+        if _is_weight(product.left) or _is_weight(product.right):
             raise NotAttention(
                 "the softmax is taken of a product with a weight, not of queries and keys: a router or classifier", node
             )
-        output, passed = self._weighted_values(node)
-        axes_q = (B, H, TIME, DIM) if rank == 4 else (B, TIME, DIM)
-        axes_k = (B, H, DIM, TIME) if rank == 4 else (B, DIM, TIME)
+        output, weighted, passed = self._weighted_values(node)
         heads = self._heads(scores.product, rank, node)
-        q_read = peel(product["a"], axes_q, heads, self.algebra)
-        k_read = peel(product["b"], axes_k, heads, self.algebra)
-        v_read = peel(arguments(output)["b"], axes_q, heads, self.algebra)
+        q_read = peel(product.left, product.axes_of_left(rank), heads, self.algebra)
+        k_read = peel(product.right, product.axes_of_right(rank), heads, self.algebra)
+        v_read = peel(weighted.right, weighted.values_axes(rank), heads, self.algebra)
         if v_read.factor != 1.0:
             raise NotAttention("the values are scaled inside the attention", output)
         scale = scores.scale * q_read.factor * k_read.factor
@@ -127,9 +140,11 @@ class _Finder:
             (*scores.passed, node, *passed), (*scores.words, "softmax"), scores.mask_nodes,
         )  # fmt: skip
         empty = "zero" if scores.predicate == sympy.true else "nan" if scores.infinite else "mean"
-        return self._site(node, "softmax", output, q_read, k_read, v_read, heads, scores, empty, rank)
+        return self._site(
+            node, "softmax", output, q_read, k_read, v_read, heads, scores, empty, rank, weighted.output_axes(rank)
+        )
 
-    def _weighted_values(self, softmax: Node) -> tuple[Node, list[Node]]:
+    def _weighted_values(self, softmax: Node) -> tuple[Node, Product, list[Node]]:
         here, passed = softmax, []
         while True:
             users = users_of(here)
@@ -142,8 +157,9 @@ class _Finder:
                 )
             user = users[0]
             name = kind(user)
-            if name == "matmul" and arguments(user)["a"] is here:
-                return user, passed
+            product = read_product(user)
+            if product is not None and product.left is here and product.weights_values:
+                return user, product, passed
             if name == "dropout":
                 a = arguments(user)
                 if a["p"] > 0 and a["train"]:
@@ -171,13 +187,13 @@ class _Finder:
 
     def _site(
         self, anchor: Node, origin: str, out: Node, q: Peeled, k: Peeled, v: Peeled, heads: int, scores: Scores,
-        empty: str, rank: int,
+        empty: str, rank: int, out_axes: tuple[int | None, ...] | None = None,
     ) -> Site:  # fmt: skip
         if k.repeats != v.repeats:
             raise NotAttention("keys and values repeat their heads differently", anchor)
         mask, opaque = self._mask(scores, empty, anchor)
         biases = scores.biases + opaque
-        out_axes = (0, 2, 1, 3) if rank == 4 else (0, 1, None, 2)
+        out_axes = out_axes or ((0, 2, 1, 3) if rank == 4 else (0, 1, None, 2))
         words = " → ".join(scores.words)
         evidence = [f"read from the graph: {words}"]
         if k.repeats > 1:
@@ -187,7 +203,7 @@ class _Finder:
         phase = "full" if str(q_time) == str(k_time) else "cross"
         absorbed = tuple(dict.fromkeys((*scores.passed, *k.passed, *v.passed, *q.passed)))
         return Site(
-            path=module_path(anchor), origin=origin, phase=phase, q=q.operand, k=k.operand, v=v.operand, out=out,
+            path=module_path(out), origin=origin, phase=phase, q=q.operand, k=k.operand, v=v.operand, out=out,
             out_axes=out_axes, scale=scores.scale, mask=mask, heads=heads, kv_heads=heads // k.repeats,
             head_dim=self._static(q_shape, q.operand.axes[3] or 0, anchor),
             value_dim=self._static(shape_of(v.operand.node), v.operand.axes[3] or 0, anchor),

@@ -96,7 +96,9 @@ class ConcreteRun:
             name = "double" if self.double and node.target in ("float", "half", "bfloat16") else str(node.target)
             return getattr(args[0], name)(*args[1:], **kwargs)
         if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+            leaf = self.module.get_submodule(str(node.target))
+            widened = {name: self._widen(tensor) for name, tensor in leaf.state_dict().items()}
+            return torch.func.functional_call(leaf, widened, args, kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _input(self, node: Node) -> torch.Tensor:

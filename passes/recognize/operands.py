@@ -15,10 +15,10 @@ from subquad.ir.site import Operand
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
+from subquad.passes.recognize.product import DIM, TIME
 from subquad.passes.recognize.score_chain import NotAttention, constant_of
 
 Node = torch.fx.Node
-TIME, DIM = sympy.symbols("time dim", integer=True, nonnegative=True)
 
 
 @dataclass(frozen=True)

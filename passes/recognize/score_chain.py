@@ -57,7 +57,7 @@ def canonical(expression: sympy.Basic, rank: int) -> sympy.Basic:
 
 
 _CHAIN = frozenset(
-    "mul div add sub tanh where masked_fill maximum cast contiguous dropout view matmul rsub neg".split()
+    "mul div add sub tanh where masked_fill maximum cast contiguous dropout view rsub neg".split()
 )
 
 
@@ -80,9 +80,9 @@ def _path_to_product(start: Node) -> list[Node]:
     while frontier:
         path = frontier.pop(0)
         here = path[-1]
-        if kind(here) == "matmul" and (rank_of(here) or 0) >= 3:
+        if kind(here) in ("matmul", "einsum") and (rank_of(here) or 0) >= 3:
             return path
-        if kind(here) not in _CHAIN or kind(here) == "matmul":
+        if kind(here) not in _CHAIN:
             nearest = here
             continue
         for operand in _score_operands(here):

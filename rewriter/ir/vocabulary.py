@@ -61,6 +61,7 @@ KINDS: tuple[Kind, ...] = (
           attn_mask="mask", dropout_p="dropout"),
     _kind("matmul", "a b", "matmul bmm mm", (torch.matmul, torch.bmm, operator.matmul, torch.mm), "matmul bmm mm __matmul__",
           input="a", self="a", other="b", mat2="b"),
+    _kind("einsum", "equation operands", "einsum", (torch.einsum,)),
     _kind("mul", "a b", "mul mul_", (torch.mul, operator.mul, operator.imul, torch.multiply), "mul mul_ __mul__ __rmul__",
           self="a", input="a", other="b"),
     _kind("div", "a b rounding_mode=None", "div div_", (torch.div, operator.truediv, operator.itruediv),
@@ -222,6 +223,10 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
         named = {}
         positional, keywords = tuple(node.args), dict(node.kwargs)
     names = [name for name, _ in found.arguments]
+    if found.name == "einsum":
+        rest = positional[1:]
+        operands = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else list(rest)
+        return {"equation": positional[0], "operands": operands}
     if found.name == "arange":
         return _arange(positional, keywords)
     if found.name == "where" and node.op == "call_method":
