@@ -15,7 +15,10 @@ def write_weights(model: torch.nn.Module, path: Path) -> None:
     """Write every parameter and persistent buffer to one safetensors file, tied tensors once, under their first name."""
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file(untied_state(model), str(path), metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def untied_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -54,13 +54,16 @@ class LoadedModel:
         return getattr(self.module, "config", None)
 
 
-def open_model(spec: str, *, trust: bool = False, dtype: str = "auto", attention: str | None = None) -> LoadedModel:
+def open_model(
+    spec: str, *, trust: bool = False, dtype: str = "auto", attention: str | None = None, plain: bool = False
+) -> LoadedModel:
     """Open a model by name.
 
-    spec: a directory in Hugging Face format, a .gguf file, a .pt2 program, `path/to/file.py:factory`, a hub id such as
+    spec: a directory in Hugging Face format or as `subquad.save` wrote it, a .gguf file, a .pt2 program, `path/to/file.py:factory`, a hub id such as
     `owner/name`, or `smollm2`.  trust: required for sources that are code (.pt2, file.py:factory, a directory with its own
     modelling code).  dtype: "auto" (as stored), "fp32", "bf16", "fp16" or "fp64".  attention: "eager" or "sdpa", the
-    spelling that a Hugging Face model uses; None is its default.
+    spelling that a Hugging Face model uses; None is its default.  plain: of what `subquad.save` wrote, open the model
+    without its rewrites.
     Raises ModelSourceError (missing, torn or unknown), TrustError (code without trust).
     """
     if dtype not in DTYPES:
@@ -74,6 +77,8 @@ def open_model(spec: str, *, trust: bool = False, dtype: str = "auto", attention
         loaded = _gguf(_existing_file(spec), wanted, attention)
     elif spec.endswith(".pt2"):
         loaded = _program(_existing_file(spec), trust)
+    elif os.path.isdir(spec) and not plain and os.path.isfile(os.path.join(spec, "subquad.json")):
+        return _artifact(Path(spec), trust, dtype)
     elif os.path.isdir(spec):
         loaded = _huggingface(Path(spec), str(Path(spec).resolve()), wanted, trust, attention)
     elif os.path.isfile(spec):
@@ -109,6 +114,16 @@ def _huggingface(
 ) -> LoadedModel:
     module, codec = open_directory(directory, dtype, trust, attention)
     return LoadedModel(module, None, codec, "huggingface", origin)
+
+
+def _artifact(directory: Path, trust: bool, dtype: str) -> LoadedModel:
+    from subquad.artifact import load
+
+    module = load(directory, trust=trust, dtype=dtype)
+    note = source_note(module)
+    if note is None:
+        raise ModelSourceError(f"{directory} was loaded without its source note.")
+    return note
 
 
 def _existing_file(spec: str) -> Path:

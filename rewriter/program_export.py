@@ -1,0 +1,63 @@
+"""Write a rewritten model as a .pt2 program that loads with torch and subquad alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from subquad.application import Rewritten
+from subquad.environment import versions
+from subquad.ir.errors import ArtifactError
+
+
+class _Forward(nn.Module):
+    """The rewritten graph as a module whose arguments are the captured inputs in order."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """Run the graph; returns the leaves of the original's output as a tuple."""
+        return self.graph(*inputs)
+
+
+def exported(record: Rewritten) -> ExportedProgram:
+    """The rewritten graph as an ExportedProgram with symbolic batch and sequence sizes.
+
+    Inputs are the captured tensors in order, outputs the leaves of the original's output as a tuple, so that no class of
+    the model's package is needed to load it.  Raises ArtifactError when torch.export cannot take the graph.
+    """
+    inputs = tuple(record.applied.example[name] for name in record.applied.inputs)
+    dynamic = (tuple({axis: Dim.AUTO for axis in range(min(x.dim(), 2))} for x in inputs),)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(_Forward(record.applied.graph), inputs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ArtifactError(f"the rewritten model cannot be exported as a program: {first}.") from error
+    return program
+
+
+def export_program(record: Rewritten, target: Path) -> Path:
+    """Write exported(record) to `target`, beside it first; plan and versions travel in the archive's extra files."""
+    program = exported(record)
+    extra = {
+        "subquad_plan.json": record.plan.to_json(),
+        "subquad_versions.json": json.dumps(versions()),
+        "subquad_imports.json": json.dumps(["subquad"]),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.parent / f".{target.stem}.{os.getpid()}.partial.pt2"
+    try:
+        torch.export.save(program, str(fresh), extra_files=extra)
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return target
