@@ -61,9 +61,9 @@ class Lolcats(Rewrite):
     def _obstacle(self, site: Site) -> str | None:
         families = site.mask.family.split(" & ")
         if site.phase != "full":
-            return f"the site is in its {site.phase} phase; linear attention replaces self-attention over a whole sequence."
+            return f"the site is in its {site.phase} phase; only self-attention over a whole sequence becomes linear."
         if families[0] != "causal" or any(not family.startswith("padding(") for family in families[1:]):
-            return f"the mask is {site.mask.family}; only a causal mask with padding keeps its meaning under a running state."
+            return f"the mask is {site.mask.family}; only a causal mask with padding survives a running state."
         if len(families) > 2:
             return f"the mask is {site.mask.family}; the operator takes one padding table."
         if site.softcap is not None:
@@ -83,7 +83,7 @@ class Lolcats(Rewrite):
         return SiteOperator("recurrence", spec.json(), learned)
 
     def parameters(self, site: Site) -> dict[str, torch.Tensor]:
-        """feature_q, feature_k [H, K, features] near the identity and window_gate [H], all fp32, the same at every call."""
+        """feature_q, feature_k [H, K, features] near the identity and window_gate [H]: fp32, the same at every call."""
         generator = torch.Generator().manual_seed(zlib.crc32(site.path.encode()))
 
         def near_identity() -> torch.Tensor:
