@@ -150,8 +150,8 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     dq, dk, dv, extra = grads[0], grads[1 : 1 + len(k)], grads[1 + len(k) : 1 + 2 * len(k)], list(grads[1 + 2 * len(k) :])
     dbias = None if bias is None else extra.pop(0).reshape(bias.shape)
     dsinks = None if sinks is None else extra.pop(0)
-    none = [[None] * len(group) for group in (rows, lengths, positions, operands, ctx.scalars)]
-    return dq, dk, dv, none[0], none[1], none[2], None, dbias, dsinks, none[3], none[4], None
+    none = [[None] * len(group) for group in (rows, lengths, positions, operands)]
+    return dq, dk, dv, none[0], none[1], none[2], None, dbias, dsinks, none[3], None if ctx.scalars else [], None
 
 
 softmax_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -70,7 +70,7 @@ def mean_value(keys: Keys, o: Tensor) -> Tensor:
     """Mean [B, 1, H, V] of the live values each query head reads; 0 where none is live."""
     value = keys.v.to(compute_dtype(keys.v))
     if keys.live is None:
-        mean = value.mean(1, keepdim=True)
+        mean = value.sum(1, keepdim=True) / torch.scalar_tensor(value.shape[1], device=value.device).clamp_min(1)
     else:
         live = keys.live[:, :, None, None].to(value.dtype)
         mean = (value * live).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp_min(1)
