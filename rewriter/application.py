@@ -141,7 +141,10 @@ def _has_seam(root: nn.Module, record: Rewritten) -> bool:
     if not hasattr(root, "set_attn_implementation") or not hasattr(root, "config"):
         return False
     plain = {"full", "causal", "padding(attention_mask)", "causal & padding(attention_mask)"}
-    if not all("#" not in r.site.path and r.site.mask.family in plain and not r.site.biases and r.site.sinks is None for r in record.replacements):
+    if not all(
+        "#" not in r.site.path and r.site.mask.family in plain and not r.site.biases and r.site.sinks is None
+        for r in record.replacements
+    ):
         return False
     return bool(type(root)._can_set_attn_implementation())
 
@@ -156,7 +159,9 @@ class BoundForward:
     def __init__(self, root: nn.Module, capture: Capture) -> None:
         self.root, self.capture = root, capture
         self.signature = inspect.signature(type(root).forward)
-        self.attributes = [n.target for n in capture.graph.graph.nodes if n.op == "get_attr" and hasattr(root, n.target.split(".")[0])]
+        self.attributes = [
+            n.target for n in capture.graph.graph.nodes if n.op == "get_attr" and hasattr(root, n.target.split(".")[0])
+        ]
         self.dtypes = {name: self._key(attribute(root, name)) for name in self.attributes}
         self.warned: set[str] = set()
 

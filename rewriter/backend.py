@@ -11,13 +11,13 @@ import torch
 import torch.fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from subquad.capture import Capture
 from subquad.emission import emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.errors import PassError
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
-from subquad.capture import Capture
 from subquad.pass_spec import parse_passes
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.pipeline import EXACT_DEFAULT
@@ -43,11 +43,15 @@ def compile_graph(
     options = dict(options or {})
     unknown = set(options) - OPTIONS
     if unknown:
-        raise PassError(f"the subquad backend has no option {sorted(unknown)[0]!r}; known: {', '.join(sorted(OPTIONS))}.")
+        raise PassError(
+            f"the subquad backend has no option {sorted(unknown)[0]!r}; known: {', '.join(sorted(OPTIONS))}."
+        )
     passes = parse_passes(options.get("passes", EXACT_DEFAULT))
     for chosen in passes:
         if chosen.contract is Contract.APPROXIMATE:
-            raise PassError(f"{chosen.name} learns parameters, which a compiled function cannot keep; use subquad.rewrite first.")
+            raise PassError(
+                f"{chosen.name} learns parameters, which a compiled function cannot keep; use subquad.rewrite first."
+            )
     rewritten, report = rewrite_dynamo_graph(graph, example_inputs, passes, options.get("where"))
     reports.append(report)
     del reports[:-KEEP]
@@ -62,7 +66,12 @@ def rewrite_dynamo_graph(
     """The graph with every admitted site replaced, and the report; sites that no pass admits stay as they are."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     capture = Capture(
-        graph, graph, tuple(node.name for node in placeholders), "torch", {}, known_tensors=_fixed(placeholders, example_inputs)
+        graph,
+        graph,
+        tuple(node.name for node in placeholders),
+        "torch",
+        {},
+        known_tensors=_fixed(placeholders, example_inputs),
     )
     report = recognise(capture, Report())
     copied, mapping = copy_capture(capture)
@@ -75,7 +84,12 @@ def rewrite_dynamo_graph(
             if refusal is None:
                 emit_site(copied.graph, carry_site(site, mapping), chosen.operator(site), {}, "")
                 report.applied.append(
-                    {"path": site.path, "pass": str(chosen), "contract": chosen.contract.value, "mask": site.mask.family}
+                    {
+                        "path": site.path,
+                        "pass": str(chosen),
+                        "contract": chosen.contract.value,
+                        "mask": site.mask.family,
+                    }
                 )
                 break
             refusals.append(refusal)
@@ -92,7 +106,11 @@ def _fixed(placeholders: list[torch.fx.Node], example_inputs: Sequence[Any]) -> 
     fixed = {}
     for node, value in zip(placeholders, example_inputs, strict=False):
         static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-        if static is not None and isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor):
+        if (
+            static is not None
+            and isinstance(value, torch.Tensor)
+            and not isinstance(value, torch._subclasses.FakeTensor)
+        ):
             if not value.requires_grad:
                 fixed[node.name] = value
     return fixed

@@ -47,7 +47,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
 
     model: nn.Module (captured by torch.export, non-strict, no_grad), torch.fx.GraphModule made by symbolic_trace (taken
     as it is), or ExportedProgram.  example_inputs: tuple of positional or dict of keyword arguments; for a Hugging Face
-    model None makes token ids and a padding mask.  The first two axes of every tensor input become symbolic.
+    model None makes token ids and a padding mask.  Batch and sequence axes become symbolic.
     Raises CaptureError, naming the line of user code, when the forward cannot be captured.
     """
     if isinstance(model, ExportedProgram):
@@ -79,7 +79,9 @@ def default_inputs(model: torch.nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if vocabulary is None:
-        raise CaptureError(f"{type(model).__name__} needs example_inputs: a tuple or dict of the tensors its forward takes.")
+        raise CaptureError(
+            f"{type(model).__name__} needs example_inputs: a tuple or dict of the tensors its forward takes."
+        )
     names = inspect.signature(model.forward).parameters
     ids = torch.arange(16).reshape(2, 8) * 7919 % vocabulary
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -113,9 +115,17 @@ def _widened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _dynamic_axes(value: Any) -> Any:
+    """Which axes become symbolic: batch and sequence, never heads, channels or features.
+
+    [B], [B, T] and [B, T, D] → the first two; [B, H, T, …] and more → the first and the third, and the fourth of a mask
+    [B, H, Tq, Tk] (boolean, or as wide as it is high).  Axes of size one stay fixed.
+    """
     if not isinstance(value, torch.Tensor):
         return None
-    return {axis: Dim.AUTO for axis in range(min(value.dim(), 2))}
+    axes = {0, 1} if value.dim() < 4 else {0, 2}
+    if value.dim() == 4 and (value.dtype == torch.bool or value.shape[2] == value.shape[3]):
+        axes.add(3)
+    return {axis: Dim.AUTO for axis in axes if axis < value.dim() and value.shape[axis] != 1}
 
 
 def _by_name(model: torch.nn.Module, dynamic: Any) -> dict[str, Any]:
@@ -142,22 +152,24 @@ def _by_name(model: torch.nn.Module, dynamic: Any) -> dict[str, Any]:
 
 
 def _drops_out(model: torch.nn.Module) -> bool:
-    return any(
-        isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules()
-    )
+    return any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in model.modules())
 
 
 def _capture_message(model: torch.nn.Module, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     torch_root = torch.__path__[0]
-    user = [f for f in frames if not f.filename.startswith(torch_root) and "subquad" not in f.name and f.name != "capture"]
+    user = [
+        f for f in frames if not f.filename.startswith(torch_root) and "subquad" not in f.name and f.name != "capture"
+    ]
     user = [f for f in user if f.filename != __file__]
     where = f" at {user[-1].filename}:{user[-1].lineno} (`{user[-1].line}`)" if user else ""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"the forward of {type(model).__name__} cannot be captured{where}: {first[:300]}"
 
 
-def from_exported_program(program: ExportedProgram, root: torch.nn.Module | None, example_inputs: Any = None) -> Capture:
+def from_exported_program(
+    program: ExportedProgram, root: torch.nn.Module | None, example_inputs: Any = None
+) -> Capture:
     """Lift an exported program into a GraphModule whose attributes are the root's own parameters and buffers.
 
     program: torch.export's result.  root: the module it came from; None makes a module tree from the program's state.
@@ -191,7 +203,9 @@ def from_exported_program(program: ExportedProgram, root: torch.nn.Module | None
             keep = {spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"}
             values = [environment[n] if isinstance(n, torch.fx.Node) else n for n in node.args[0]]
             kept = tuple(
-                v for v, n in zip(values, node.args[0], strict=True) if not isinstance(n, torch.fx.Node) or n.name in keep
+                v
+                for v, n in zip(values, node.args[0], strict=True)
+                if not isinstance(n, torch.fx.Node) or n.name in keep
             )
             graph.output(kept)
         else:

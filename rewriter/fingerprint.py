@@ -14,6 +14,6 @@ def fingerprint(model: nn.Module) -> str:
     lines = [
         f"{name}:{tuple(tensor.shape)}"
         for name, tensor in sorted(model.state_dict(keep_vars=True).items())
-        if PARAMETERS not in name.split(".")
+        if not any(part.startswith(PARAMETERS) for part in name.split("."))
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+
 import torch.fx
 
 from subquad.capture import Capture
@@ -40,7 +41,11 @@ def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
 
     mask = site.mask
     moved = Mask(
-        mask.predicate, tuple(replace(t, node=mapping[t.node]) for t in mask.tables), mask.empty_rows, None, mask.evidence
+        mask.predicate,
+        tuple(replace(t, node=mapping[t.node]) for t in mask.tables),
+        mask.empty_rows,
+        None,
+        mask.evidence,
     )
     return replace(
         site, q=operand(site.q), k=operand(site.k), v=operand(site.v), out=mapping[site.out], mask=moved,

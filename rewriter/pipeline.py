@@ -152,7 +152,8 @@ def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]])
     )
     report.plan = plan
     report.applied = [
-        {"path": site.path, "pass": str(step), "contract": step.contract.value, "mask": site.mask.family} for site, step in steps
+        {"path": site.path, "pass": str(step), "contract": step.contract.value, "mask": site.mask.family}
+        for site, step in steps
     ]
     return apply_plan(captured, steps, plan, report)
 

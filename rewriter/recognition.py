@@ -14,14 +14,20 @@ def recognise(capture: Capture, report: Report) -> Report:
     """Add the capture's sites and refusals to the report, with the time it took."""
     start = time.perf_counter()
     tensors = {
-        node: capture.known_tensors[node.name] for node in capture.graph.graph.nodes if node.name in capture.known_tensors
+        node: capture.known_tensors[node.name]
+        for node in capture.graph.graph.nodes
+        if node.name in capture.known_tensors
     }
     sites, refusals = find_attention(capture.graph, tensors, capture.example)
     report.sites.extend(sites)
     report.refusals.extend(refusals)
     if not sites and not refusals:
         report.refusals.append(
-            Refusal("", "attention", "the graph holds no softmax and no scaled_dot_product_attention, so there is no attention.")
+            Refusal(
+                "",
+                "attention",
+                "the graph holds no softmax and no scaled_dot_product_attention, so there is no attention.",
+            )
         )
     report.seconds["recognise"] = time.perf_counter() - start
     return report

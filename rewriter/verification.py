@@ -62,7 +62,9 @@ def failed_steps(root: nn.Module) -> list[Refusal]:
 
 def relative_error(value: torch.Tensor, judge: torch.Tensor) -> float:
     """RMS of the difference over RMS of the judge; NaN where both are NaN counts as equal."""
-    difference = (value.double() - judge.double()).nan_to_num(nan=0.0) if _same_nan(value, judge) else torch.tensor(math.inf)
+    difference = (
+        (value.double() - judge.double()).nan_to_num(nan=0.0) if _same_nan(value, judge) else torch.tensor(math.inf)
+    )
     scale = judge.double().nan_to_num(nan=0.0).square().mean().sqrt()
     return float(difference.square().mean().sqrt() / scale.clamp_min(1e-300))
 
@@ -99,7 +101,11 @@ def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
     copied, mapping = copy_capture(original)
     moved = carry_site(site, mapping)
     tensors = {mapping[n]: original.known_tensors[n.name] for n in mapping if n.name in original.known_tensors}
-    learned = {n: attribute(original.root, f"{replacement.prefix}.{n}") for g in replacement.call.parameters.values() for n in g}
+    learned = {
+        n: attribute(original.root, f"{replacement.prefix}.{n}")
+        for g in replacement.call.parameters.values()
+        for n in g
+    }
     for name, value in learned.items():
         hang(copied.graph, f"{replacement.prefix}.{name}", value)
     marker = copied.graph.graph.call_function(torch.clone, (moved.out,))
@@ -133,7 +139,14 @@ def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
 
 
 def _real_rows(
-    copied: Capture, site: Any, original: Capture, tensors: Any, batch: int, length: int, padding: str, output: torch.Tensor
+    copied: Capture,
+    site: Any,
+    original: Capture,
+    tensors: Any,
+    batch: int,
+    length: int,
+    padding: str,
+    output: torch.Tensor,
 ) -> torch.Tensor | None:
     """For rewrites that drop padded queries: a mask over the output's [B, H, T, …] that keeps real positions."""
     from subquad.emission import padding_table
@@ -181,7 +194,11 @@ def logits_rung(root: nn.Module, record: Rewritten, example_inputs: Any) -> Meas
     capture = record.original
     inputs = dict(capture.example)
     if example_inputs is not None:
-        given = example_inputs if isinstance(example_inputs, dict) else dict(zip(capture.inputs, example_inputs, strict=False))
+        given = (
+            example_inputs
+            if isinstance(example_inputs, dict)
+            else dict(zip(capture.inputs, example_inputs, strict=False))
+        )
         inputs.update({k: v for k, v in given.items() if isinstance(v, torch.Tensor)})
     with torch.no_grad():
         judge = _double_output(capture, inputs)
@@ -217,7 +234,12 @@ def tokens_rung(root: nn.Module, record: Rewritten) -> Measurement | None:
     can = getattr(root, "can_generate", None)
     if generate is None or ids is None or (can is not None and not can()):
         return None
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+        "pad_token_id": 0,
+    }
     with torch.no_grad():
         after = generate(ids, **options)
         with original_forward(root):

@@ -37,7 +37,9 @@ class Fuse(Rewrite):
 
     def operator(self, site: Site) -> SiteOperator:
         """softmax_attention with the site's scale, softcap, mask predicate and value of empty rows."""
-        spec = SoftmaxSpec(scale=site.scale, softcap=site.softcap, mask=site.mask.text(), empty_rows=site.mask.empty_rows)
+        spec = SoftmaxSpec(
+            scale=site.scale, softcap=site.softcap, mask=site.mask.text(), empty_rows=site.mask.empty_rows
+        )
         return SiteOperator("softmax_attention", spec.json(), {})
 
     def cost(self, site: Site) -> sympy.Expr:

@@ -21,7 +21,7 @@ from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_check import MaskCheck
 from subquad.passes.recognize.operands import Peeled, peel
 from subquad.passes.recognize.product import DIM, TIME, Product, read_product
-from subquad.passes.recognize.score_chain import NotAttention, Scores, canonical, read_scores
+from subquad.passes.recognize.score_chain import PROJECTION, NotAttention, Scores, canonical, is_weight, read_scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, visible
 
 Node = torch.fx.Node
@@ -41,7 +41,9 @@ def find_attention(
     sites: list[Site] = []
     refusals: list[Refusal] = []
     for node in list(module.graph.nodes):
-        anchor = {"sdpa": finder.from_sdpa, "softmax": finder.from_softmax, "softmax_core": finder.from_softmax}.get(kind(node))
+        anchor = {"sdpa": finder.from_sdpa, "softmax": finder.from_softmax, "softmax_core": finder.from_softmax}.get(
+            kind(node)
+        )
         if anchor is None:
             continue
         try:
@@ -65,7 +67,10 @@ def _numbered(sites: list[Site]) -> list[Site]:
 
 class _Finder:
     def __init__(
-        self, module: torch.fx.GraphModule, tensors: Mapping[Node, torch.Tensor] | None, examples: Mapping[str, torch.Tensor]
+        self,
+        module: torch.fx.GraphModule,
+        tensors: Mapping[Node, torch.Tensor] | None,
+        examples: Mapping[str, torch.Tensor],
     ) -> None:
         self.algebra = MaskAlgebra(module, tensors)
         self.check = MaskCheck(module, examples, self.algebra)
@@ -123,10 +128,8 @@ class _Finder:
         product = read_product(scores.product)
         if product is None:
             raise NotAttention("the scores come from a product that does not pair queries with keys", scores.product)
-        if _is_weight(product.left) or _is_weight(product.right):
-            raise NotAttention(
-                "the softmax is taken of a product with a weight, not of queries and keys: a router or classifier", node
-            )
+        if is_weight(product.left) or is_weight(product.right):
+            raise NotAttention(PROJECTION, node)
         output, weighted, passed = self._weighted_values(node)
         heads = self._heads(scores.product, rank, node)
         q_read = peel(product.left, product.axes_of_left(rank), heads, self.algebra)
@@ -163,10 +166,13 @@ class _Finder:
             if name == "dropout":
                 a = arguments(user)
                 if a["p"] > 0 and a["train"]:
-                    raise NotAttention("attention dropout is active, which no rewrite can keep exact; call eval()", user)
+                    raise NotAttention(
+                        "attention dropout is active, which no rewrite can keep exact; call eval()", user
+                    )
             elif name not in ("cast", "contiguous"):
                 raise NotAttention(
-                    f"the softmax does not weight values: it is followed by `{name or user.target}`, not by a product with V", user
+                    f"the softmax does not weight values: it is followed by `{name or user.target}`, not by a product with V",
+                    user,
                 )
             passed.append(user)
             here = user
@@ -223,7 +229,8 @@ class _Finder:
             table = self.algebra.tables[dense[0]]
             if len(dense) > 1 or not isinstance(part, (sympy.Ne, sympy.Eq)) or part.args[1] != 0:
                 raise NotAttention(
-                    f"the mask reads {', '.join(dense)}, a tensor over queries and keys, in a way that is not understood", anchor
+                    f"the mask reads {', '.join(dense)}, a tensor over queries and keys, in a way that is not understood",
+                    anchor,
                 )
             opaque.append(Bias(table.node, role="keep" if isinstance(part, sympy.Ne) else "hide"))
         predicate = sympy.And(*proved)
@@ -232,7 +239,9 @@ class _Finder:
             return Mask(None if opaque else sympy.true, (), empty, None, words or ("no mask",)), tuple(opaque)
         names = sorted({f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)})
         mask = Mask(predicate, tuple(self.algebra.tables[name] for name in names), empty)
-        checked = "not cross-checked: it acts beside an opaque mask" if opaque else self.check.compare(mask, scores, anchor)
+        checked = (
+            "not cross-checked: it acts beside an opaque mask" if opaque else self.check.compare(mask, scores, anchor)
+        )
         evidence = (f"mask proved from its subgraph: {mask.family}", checked, *words)
         return Mask(predicate, mask.tables, empty, None, evidence), tuple(opaque)
 
@@ -243,11 +252,3 @@ class _Finder:
             if Q in free and KV in free:
                 found.add(function.func.__name__)
         return sorted(found)
-
-
-def _is_weight(value: Any) -> bool:
-    """True for a parameter, possibly behind views: the second factor of a projection."""
-    while isinstance(value, Node) and kind(value) in ("t", "transpose", "permute", "view", "contiguous", "cast", "unsqueeze", "expand"):
-        value = arguments(value)["x"]
-    return isinstance(value, Node) and value.op == "get_attr"
-

@@ -69,14 +69,20 @@ def _unsqueeze(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indice
 
 def _squeeze(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
     dims = a["dim"]
-    wanted = range(len(base)) if dims is None else [d % len(base) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    wanted = (
+        range(len(base))
+        if dims is None
+        else [d % len(base) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    )
     rest = list(i)
     return tuple(sympy.S.Zero if n in wanted and is_one(size) else rest.pop(0) for n, size in enumerate(base))
 
 
 def _expand(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
     offset = len(out) - len(base)
-    return tuple(sympy.S.Zero if is_one(size) and not is_one(out[n + offset]) else i[n + offset] for n, size in enumerate(base))
+    return tuple(
+        sympy.S.Zero if is_one(size) and not is_one(out[n + offset]) else i[n + offset] for n, size in enumerate(base)
+    )
 
 
 def _view(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
@@ -117,7 +123,11 @@ def _divides(small: sympy.Basic, large: sympy.Basic) -> bool:
 
 
 def _divide(
-    flat: sympy.Basic, group: list[int], base: Shape, parts: list[tuple[sympy.Basic, sympy.Basic]], result: list[sympy.Basic]
+    flat: sympy.Basic,
+    group: list[int],
+    base: Shape,
+    parts: list[tuple[sympy.Basic, sympy.Basic]],
+    result: list[sympy.Basic],
 ) -> None:
     """Write flat index → indices of `group`, using the ranges of the parts to drop divisions that do nothing."""
     trailing: sympy.Basic = sympy.S.One
@@ -135,7 +145,9 @@ def _flat(parts: list[tuple[sympy.Basic, sympy.Basic]]) -> sympy.Basic:
     return total
 
 
-def _floordiv_parts(parts: list[tuple[sympy.Basic, sympy.Basic]], divisor: sympy.Basic) -> list[tuple[sympy.Basic, sympy.Basic]]:
+def _floordiv_parts(
+    parts: list[tuple[sympy.Basic, sympy.Basic]], divisor: sympy.Basic
+) -> list[tuple[sympy.Basic, sympy.Basic]]:
     """Mixed-radix number divided by `divisor`: whole low digits are dropped, a partly divided digit is split."""
     rest = list(parts)
     left = divisor

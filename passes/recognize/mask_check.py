@@ -28,7 +28,9 @@ class MaskCheck:
     weakens the evidence, which then says so.
     """
 
-    def __init__(self, module: torch.fx.GraphModule, examples: Mapping[str, torch.Tensor], algebra: MaskAlgebra) -> None:
+    def __init__(
+        self, module: torch.fx.GraphModule, examples: Mapping[str, torch.Tensor], algebra: MaskAlgebra
+    ) -> None:
         self.module, self.examples, self.algebra = module, examples, algebra
         self._done: dict[tuple[Any, ...], str] = {}
 

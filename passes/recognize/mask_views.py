@@ -43,7 +43,9 @@ def _gather(algebra: MaskAlgebra, node: Node, a: dict[str, Any], shape: tuple[An
     picked = []
     for tensor in tensors:
         expression = algebra._known[tensor].broadcast(inner)
-        shifted = expression.xreplace({axis(n): axis(n + first) for n in reversed(range(width))}) if first else expression
+        shifted = (
+            expression.xreplace({axis(n): axis(n + first) for n in reversed(range(width))}) if first else expression
+        )
         if not shifted.is_nonnegative:
             return None
         picked.append(shifted)

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 from subquad.ir.graph import shape_of
-from subquad.ir.mask import B, H, FloorDiv
+from subquad.ir.mask import B, FloorDiv, H
 from subquad.ir.site import Operand
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.index_map import IndexMap, trace_view

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 from subquad.ir.graph import rank_of, shape_of, value_of
-from subquad.ir.mask import B, H, KV, Q
+from subquad.ir.mask import KV, B, H, Q
 from subquad.ir.site import Bias
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
@@ -56,9 +56,7 @@ def canonical(expression: sympy.Basic, rank: int) -> sympy.Basic:
     return expression.xreplace({axis(n): name for n, name in enumerate(names)})
 
 
-_CHAIN = frozenset(
-    "mul div add sub tanh where masked_fill maximum cast contiguous dropout view rsub neg".split()
-)
+_CHAIN = frozenset("mul div add sub tanh where masked_fill maximum cast contiguous dropout view rsub neg".split())
 
 
 def read_scores(node: Any, algebra: MaskAlgebra) -> Scores:
@@ -93,14 +91,31 @@ def _path_to_product(start: Node) -> list[Node]:
 
 
 def _why_no_product(node: Node) -> str:
+    while kind(node) in ("transpose", "permute", "t", "squeeze", "unsqueeze", "slice", "view") and isinstance(
+        node.args[0], Node
+    ):
+        node = node.args[0]
     name = kind(node)
-    if name == "linear" or (name == "matmul" and (rank_of(node) or 0) < 3):
-        return (
-            "the softmax is taken of a linear projection, not of a product of queries and keys: "
-            "a router or classifier, which no attention rewrite applies to"
-        )
+    if name == "linear" or (name == "matmul" and ((rank_of(node) or 0) < 3 or is_weight(arguments(node)["b"]))):
+        return PROJECTION
     what = name or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
     return f"no product of queries and keys feeds the softmax: the walk up ended at `{what}`"
+
+
+PROJECTION = (
+    "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
+    "a router, pooling or classifier, which no attention rewrite applies to"
+)
+
+
+def is_weight(value: Any) -> bool:
+    """True for a parameter, possibly behind views: the second factor of a projection."""
+    while isinstance(value, Node) and kind(value) in _WEIGHT_VIEWS:
+        value = arguments(value)["x"]
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+_WEIGHT_VIEWS = frozenset(["t", "transpose", "permute", "view", "contiguous", "cast", "unsqueeze", "expand"])
 
 
 def _score_operands(node: Node) -> list[Node]:
@@ -215,7 +230,8 @@ def _filled(scores: Scores, node: Node, before: Node, a: dict[str, Any], algebra
     value = constant_of(fill, algebra)
     if value is None or value > -1e9:
         raise NotAttention(
-            f"hidden scores are filled with {'a tensor' if value is None else value}, which is not low enough to hide a key", node
+            f"hidden scores are filled with {'a tensor' if value is None else value}, which is not low enough to hide a key",
+            node,
         )
     algebra.formula(condition)
     seen = as_condition(algebra.element(condition, shape))
@@ -224,9 +240,7 @@ def _filled(scores: Scores, node: Node, before: Node, a: dict[str, Any], algebra
     return _masked(scores, node, "fill", seen, value == float("-inf"), condition)
 
 
-def _masked(
-    scores: Scores, node: Node, word: str, seen: sympy.Basic, infinite: bool, source: Node
-) -> Scores:
+def _masked(scores: Scores, node: Node, word: str, seen: sympy.Basic, infinite: bool, source: Node) -> Scores:
     rank = rank_of(node) or 0
     if rank not in (3, 4):
         raise NotAttention(f"the scores have {rank} axes; three or four are understood", node)

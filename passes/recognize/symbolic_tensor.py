@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import sympy
@@ -17,7 +17,7 @@ HARD = -1e30
 """A fill at or below this value (finfo.min of every format from bf16 up, or -inf) leaves probability exactly zero."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def axis(number: int) -> sympy.Symbol:
     """The index symbol of an axis, counted from the left."""
     return sympy.Symbol(f"i{number}", integer=True, nonnegative=True)

@@ -105,7 +105,7 @@ class Mask:
         return tuple(sorted(free, key=lambda symbol: symbol.name))
 
     def block(self, q: tuple[int, int], kv: tuple[int, int]) -> str:
-        """"full", "empty" or "partial" for queries q[0]..q[1] and keys kv[0]..kv[1], both ends included.
+        """ "full", "empty" or "partial" for queries q[0]..q[1] and keys kv[0]..kv[1], both ends included.
 
         Sound: "full" and "empty" are proofs; a predicate that interval arithmetic cannot decide is "partial".
         """

@@ -69,10 +69,13 @@ class Plan:
         except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
             raise PlanError(f"the plan is neither JSON nor TOML: {error}.") from error
         if data.get("format") != FORMAT:
-            raise PlanError(f"the plan has format {data.get('format')!r}; this version of subquad reads format {FORMAT}.")
+            raise PlanError(
+                f"the plan has format {data.get('format')!r}; this version of subquad reads format {FORMAT}."
+            )
         try:
             steps = tuple(
-                Step(str(s["path"]), str(s["rewrite"]), tuple(sorted(s.get("knobs", {}).items()))) for s in data["steps"]
+                Step(str(s["path"]), str(s["rewrite"]), tuple(sorted(s.get("knobs", {}).items())))
+                for s in data["steps"]
             )
             return Plan(steps, str(data["model"]))
         except (KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""One table from the three graph dialects (ATen overloads, torch functions, methods and modules) to kinds with named arguments."""
+"""One table from three graph dialects (ATen, torch functions, methods and modules) to kinds with named arguments."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class RecurrentLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """A recurrent state cannot forget single tokens."""
         if tokens_to_remove:
-            raise ValueError("a linearized layer keeps no single keys, so its cache cannot be cropped; copy it before instead.")
+            raise ValueError(
+                "a linearized layer keeps no single keys, so its cache cannot be cropped; copy it before instead."
+            )
 
 
 def with_recurrent_layers(cache: Cache, layers: set[int]) -> Cache:

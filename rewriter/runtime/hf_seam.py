@@ -187,8 +187,14 @@ def softmax_output(
         dense = call.dense() if call is not None else attention_mask
         bias = None
         if dense is not None:
-            bias = torch.zeros_like(dense, dtype=q.dtype).masked_fill(~dense, float("-inf")) if dense.dtype == torch.bool else dense
-        return _softmax(SoftmaxSpec(spec.scale, spec.softcap, None, spec.empty_rows).json(), q, k, v, bias, None, None, [])
+            bias = (
+                torch.zeros_like(dense, dtype=q.dtype).masked_fill(~dense, float("-inf"))
+                if dense.dtype == torch.bool
+                else dense
+            )
+        return _softmax(
+            SoftmaxSpec(spec.scale, spec.softcap, None, spec.empty_rows).json(), q, k, v, bias, None, None, []
+        )
     valid = call.valid()
     sees_all = not call.causal or (q.shape[1] == 1 and k.shape[1] + call.key_offset == call.offset + 1)
     terms = ([] if sees_all else ["(kv <= q)"]) + ([] if valid is None else ["(t0[b, kv] != 0)"])
@@ -197,7 +203,9 @@ def softmax_output(
     if call.offset and not sees_all:
         positions = torch.arange(call.offset, call.offset + q.shape[1], device=q.device).expand(q.shape[0], -1)
     if call.key_offset and text is not None:
-        key_positions = torch.arange(call.key_offset, call.key_offset + k.shape[1], device=q.device).expand(k.shape[0], -1)
+        key_positions = torch.arange(call.key_offset, call.key_offset + k.shape[1], device=q.device).expand(
+            k.shape[0], -1
+        )
     tables = [] if valid is None else [valid]
     moved = SoftmaxSpec(spec.scale, spec.softcap, text, spec.empty_rows).json()
     return _softmax(moved, q, k, v, None, positions, key_positions, tables)
@@ -208,7 +216,9 @@ def _softmax(
     key_positions: Tensor | None, tables: list[Tensor],
 ) -> Tensor:  # fmt: skip
     keys = [] if key_positions is None else [key_positions]
-    o: Tensor = torch.ops.subquad.softmax_attention(q, [k], [v], [], [], keys, positions, bias, None, tables, [], spec)[0]
+    o: Tensor = torch.ops.subquad.softmax_attention(q, [k], [v], [], [], keys, positions, bias, None, tables, [], spec)[
+        0
+    ]
     return o
 
 
