@@ -57,8 +57,12 @@ def recurrence_chunked(
         q, k, v = (_pick(x, order) for x in (q, k, v))
         live = valid.sum(1)[:, None]
     past = torch.zeros(1, dtype=torch.int64, device=q.device) if seen is None else seen
-    chunk: Any = total if statically_known_true(total <= CHUNK) and not statically_known_true(total == 0) else CHUNK
-    count = (total + chunk - 1) // chunk
+    chunk: Any = CHUNK
+    count: Any = (total + CHUNK - 1) // CHUNK
+    if statically_known_true(total <= CHUNK):
+        chunk, count = total, 1
+    elif not isinstance(total, int):
+        count = count + 1  # one chunk of padding: a symbolic count of at least 2 needs no guard for the size 1
     span = count * chunk
     whole = statically_known_true(span == total)
 
@@ -91,7 +95,7 @@ def recurrence_chunked(
         sinks_k, sinks_v = _with_new(sink_k, k, past, spec), _with_new(sink_v, v, past, spec)
         local = _scores(query, keys * spec.scale, sinks_k * spec.scale, count, chunk, spec)
         hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(~_allowed(number, past, count, chunk, spec, deep), -torch.inf)
-        weight = torch.softmax(local.add_(hidden), -1)
+        weight = torch.softmax(local + hidden, -1)
         log_gamma = gate(window_gate, spec, local)
         if log_gamma.shape[0] > 1:
             log_gamma = log_gamma.view(kv_heads, 1, -1, 1, 1)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, decompositions, recurrence, softmax_attention
 from subquad.kernels import recurrence_forms as forms
 
 STEP = RecurrenceSpec(("softmax(x @ w0)", "softmax(-(x @ w0))"), 0.5, window=4, sinks=2)
-CAUSAL = SoftmaxSpec(0.5, mask="q >= kv", lse=True)
+STEP_TEXT = STEP.json()
+CAUSAL_TEXT = SoftmaxSpec(0.5, mask="q >= kv", lse=True).json()
 
 
 def leaf(*shape):
@@ -86,8 +88,8 @@ class Both(torch.nn.Module):
     """One attention and one recurrence over the same tokens."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        one, _ = torch.ops.subquad.softmax_attention(q, [k], [k], [], [], [], None, None, None, [], [], CAUSAL.json())
-        other, *_ = torch.ops.subquad.recurrence(q, k, k, None, None, [w], [w], None, None, None, None, None, None, None, STEP.json())
+        one, _ = torch.ops.subquad.softmax_attention(q, [k], [k], [], [], [], None, None, None, [], [], CAUSAL_TEXT)
+        other, *_ = torch.ops.subquad.recurrence(q, k, k, None, None, [w], [w], None, None, None, None, None, None, None, STEP_TEXT)
         return one + other
 
 
@@ -106,6 +108,14 @@ def test_export_and_decompose_keep_sizes_symbolic():
         wanted = Both()(*inputs(*size))
         for program in (exported, lowered):
             torch.testing.assert_close(program.module()(*inputs(*size)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_narrow_step_is_one_chunk_with_symbolic_width():
+    width = torch.export.Dim("width", min=2, max=16)
+    exported = torch.export.export(Both(), inputs(2, 5), dynamic_shapes=({1: width}, {1: width}, None))
+    program = exported.run_decompositions(torch.export.default_decompositions() | decompositions()).module()
+    for length in (2, 16):
+        torch.testing.assert_close(program(*inputs(2, length)), Both()(*inputs(2, length)), rtol=1e-5, atol=1e-5)
 
 
 def test_compile_does_not_recompile_over_lengths():
