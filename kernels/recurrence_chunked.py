@@ -165,9 +165,16 @@ def _with_new(sinks: Tensor, new: Tensor, past: Tensor, spec: RecurrenceSpec) ->
     return torch.where((index < past[:, None])[:, :, None, None], sinks, _pick(new, fresh).to(sinks.dtype))
 
 
+def _windows(x: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
+    """Overlapping runs of chunk + window tokens, one per chunk: [B, count, .., chunk + window] of x [B, window + count * chunk, ..]."""
+    if isinstance(count, int) and count == 1:
+        return x.movedim(1, -1).unsqueeze(1)
+    return x.unfold(1, spec.window + chunk, chunk)
+
+
 def _slabs(x: Tensor, sinks: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
     """Per chunk, sinks and local keys side by side: [B, Hkv, count, K, sinks + chunk + window]."""
-    local = x.unfold(1, spec.window + chunk, chunk).transpose(1, 2)
+    local = _windows(x, count, chunk, spec).transpose(1, 2)
     if spec.sinks == 0:
         return local
     fixed = sinks.permute(0, 2, 3, 1)[:, :, None].expand(-1, -1, count, -1, -1)
@@ -188,7 +195,7 @@ def _allowed(number: Tensor, past: Tensor, count: Any, chunk: Any, spec: Recurre
     band = (column > row) & (column <= row + spec.window)
     if deep:
         return F.pad(band, (spec.sinks, 0), value=True)[None, None, None, None]
-    known = number.unfold(1, spec.window + chunk, chunk) >= spec.sinks
+    known = _windows(number, count, chunk, spec) >= spec.sinks
     local = band & known[:, :, None, :]
     if spec.sinks:
         tokens = past[:, None] + torch.arange(count * chunk, device=number.device)
