@@ -22,7 +22,8 @@ def run(arguments: Sequence[str]) -> int:
 
     _quiet()
     try:
-        result = root.main(args=list(arguments), prog_name="subquad", standalone_mode=False)
+        with root.make_context("subquad", list(arguments)) as context:
+            result = root.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -67,8 +68,10 @@ def _quiet() -> None:
     """Library warnings are not meant for whoever runs a command; SUBQUAD_TRACEBACK=1 lets them through."""
     if os.environ.get("SUBQUAD_TRACEBACK") == "1":
         return
+    import logging
     import warnings
 
     warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

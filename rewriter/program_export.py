@@ -5,27 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from subquad.application import Rewritten
 from subquad.environment import versions
 from subquad.ir.errors import ArtifactError
-
-
-class _Forward(nn.Module):
-    """The rewritten graph as a module whose arguments are the captured inputs in order."""
-
-    def __init__(self, graph: torch.fx.GraphModule) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        """Run the graph; returns the leaves of the original's output as a tuple."""
-        return self.graph(*inputs)
 
 
 def exported(record: Rewritten) -> ExportedProgram:
@@ -35,10 +21,10 @@ def exported(record: Rewritten) -> ExportedProgram:
     the model's package is needed to load it.  Raises ArtifactError when torch.export cannot take the graph.
     """
     inputs = tuple(record.applied.example[name] for name in record.applied.inputs)
-    dynamic = (tuple({axis: Dim.AUTO for axis in range(min(x.dim(), 2))} for x in inputs),)
+    dynamic = tuple({axis: Dim.AUTO for axis in range(min(x.dim(), 2))} for x in inputs)
     try:
         with torch.no_grad():
-            program = torch.export.export(_Forward(record.applied.graph), inputs, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(record.applied.graph, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ArtifactError(f"the rewritten model cannot be exported as a program: {first}.") from error
