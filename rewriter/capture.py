@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +66,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
         )
     dynamic = pytree.tree_map(_dynamic_axes, (args, kwargs))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=_by_name(model, dynamic), strict=False)
     except Exception as error:
         raise CaptureError(_capture_message(model, error)) from error
@@ -259,7 +261,7 @@ def from_symbolic_trace(module: torch.fx.GraphModule, example_inputs: Any) -> Ca
     for name in names:
         value = values.get(name)
         if isinstance(value, torch.Tensor):
-            context = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
+            context: Any = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
                 dynamic_sizes=[symbolic if axis < 2 else static for axis in range(value.dim())]
             )
             duck = mode.from_tensor(value, symbolic_context=context)
