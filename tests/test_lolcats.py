@@ -5,6 +5,8 @@ import torch
 
 import subquad
 from subquad.ir.errors import PassError
+from subquad.kernels.recurrence_training import recurrence_training
+from subquad.kernels.spec import RecurrenceSpec
 from subquad.passes.linearize.lolcats import HEDGEHOG, Lolcats
 
 
@@ -32,8 +34,6 @@ def test_the_operator_is_the_definition(window: int, sinks: int, length: int) ->
     q, k, v = (torch.randn(2, length, h, 8, dtype=torch.float64) for h in (4, 2, 2))
     fq, fk = (torch.randn(4, 8, 6, dtype=torch.float64) for _ in range(2))
     gate = torch.randn(4, dtype=torch.float64)
-    from subquad.kernels.spec import RecurrenceSpec
-
     spec = RecurrenceSpec(HEDGEHOG, scale=0.3, window=window, sinks=sinks).json()
     o = torch.ops.subquad.recurrence(
         q, k, v, None, None, [fq], [fk], gate, None, None, None, None, None, None, spec
@@ -43,6 +43,29 @@ def test_the_operator_is_the_definition(window: int, sinks: int, length: int) ->
     if window >= length:
         exact = dense(q, k, v, fq, fk, gate - 3, length, 0, 0.3)
         torch.testing.assert_close(o, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "length"), [(32, 4, 150), (64, 4, 512), (5, 2, 77), (40, 0, 40), (3, 9, 5), (1, 1, 1)]
+)
+def test_the_training_form_is_the_operator(window: int, sinks: int, length: int) -> None:
+    torch.manual_seed(1)
+    spec = RecurrenceSpec(HEDGEHOG, scale=0.3, window=window, sinks=sinks)
+    q, k, v = (torch.randn(2, length, h, 8, dtype=torch.float64) for h in (4, 2, 2))
+    fq, fk = (torch.randn(4, 8, 6, dtype=torch.float64) for _ in range(2))
+    inputs = [x.requires_grad_() for x in (q, k, v, fq, fk, torch.randn(4, dtype=torch.float64))]
+    q, k, v, fq, fk, gate = inputs
+    ours = recurrence_training(q, k, v, [fq], [fk], gate, spec)
+    want = dense(q, k, v, fq, fk, gate, window, sinks, 0.3)
+    torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-9)
+    direction = torch.randn_like(want)
+    gradients = [torch.autograd.grad((o * direction).sum(), inputs, allow_unused=True) for o in (ours, want)]
+    for one, other in zip(*gradients, strict=True):
+        one, other = (torch.zeros(1) if g is None else g for g in (one, other))
+        torch.testing.assert_close(one, other.expand_as(one), rtol=1e-7, atol=1e-8)
+    half = recurrence_training(*(x.detach().bfloat16() for x in (q, k, v)), [fq.float()], [fk.float()], gate.float(), spec)
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - want).norm() < 0.02 * want.norm()
 
 
 @pytest.mark.parametrize(("module", "inputs", "verdict"), list(Lolcats.examples()), ids=lambda x: x if isinstance(x, str) else "")
