@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch.fx
 
@@ -14,8 +16,15 @@ from subquad.ir.site import Bias, Operand, Site
 Node = torch.fx.Node
 
 
-def copy_capture(capture: Capture) -> tuple[Capture, dict[Node, Node]]:
-    """A capture with its own graph and the same parameter objects, and the map from old to new nodes."""
+def _same(value: Any) -> Any:
+    return value
+
+
+def copy_capture(capture: Capture, convert: Callable[[Any], Any] = _same) -> tuple[Capture, dict[Node, Node]]:
+    """A capture with its own graph, and the map from old to new nodes.
+
+    convert: what each parameter, buffer and leaf module becomes; by default the copy shares the same objects.
+    """
     graph = torch.fx.Graph()
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(capture.graph.graph, mapping)
@@ -24,12 +33,12 @@ def copy_capture(capture: Capture) -> tuple[Capture, dict[Node, Node]]:
         new.meta = dict(old.meta)
     attributes = torch.nn.Module()
     for name, parameter in capture.graph.named_parameters(remove_duplicate=False):
-        hang(attributes, name, parameter)
+        hang(attributes, name, convert(parameter))
     for name, buffer in capture.graph.named_buffers(remove_duplicate=False):
-        hang(attributes, name, buffer)
+        hang(attributes, name, convert(buffer))
     for name, child in capture.graph.named_modules():
         if any(n.op == "call_module" and n.target == name for n in graph.nodes):
-            hang(attributes, name, child)
+            hang(attributes, name, convert(child))
     return replace(capture, graph=torch.fx.GraphModule(attributes, graph)), mapping
 
 

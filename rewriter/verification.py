@@ -50,7 +50,7 @@ def failed_steps(root: nn.Module) -> list[Refusal]:
         return []
     measurements = [*site_rungs(record), logits_rung(root, record, None)]
     record.report.verification = measurements
-    broken = []
+    broken: list[Refusal] = []
     for measured in measurements:
         if measured.passed:
             continue

@@ -17,7 +17,7 @@ def tiny_llama(layers: int = 2, implementation: str = "sdpa", **overrides: Any) 
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 256,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 256, "eos_token_id": None,
     }  # fmt: skip
     config = LlamaConfig(**(settings | overrides))
     return LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()

@@ -12,9 +12,9 @@ import torch
 import torch.fx
 
 from subquad.ir.graph import dtype_of, module_path, rank_of, shape_of, source_of, users_of
-from subquad.ir.mask import KV, B, H, Mask, Q
+from subquad.ir.mask import KV, B, EmptyRows, H, Mask, Q
 from subquad.ir.refusal import Refusal
-from subquad.ir.site import Bias, Site
+from subquad.ir.site import Bias, CanonicalAxes, Site
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
@@ -94,7 +94,8 @@ class _Finder:
         words = [f"scaled_dot_product_attention, scale {scale:g}"]
         predicate: sympy.Basic = sympy.true
         biases: tuple[Bias, ...] = ()
-        empty, sources = "zero", ()
+        empty: EmptyRows = "zero"
+        sources: tuple[Node, ...] = ()
         if a["is_causal"]:
             predicate = sympy.Le(KV, Q)
             words.append("is_causal")
@@ -104,7 +105,7 @@ class _Finder:
         scores = Scores(node, scale, None, biases, predicate, empty != "mean", (node,), tuple(words), sources)
         return self._site(node, "sdpa", node, q_read, k_read, v_read, heads, scores, empty, rank)
 
-    def _sdpa_mask(self, mask: Node, node: Node, q: Node, k: Node) -> tuple[sympy.Basic, tuple[Bias, ...], str]:
+    def _sdpa_mask(self, mask: Node, node: Node, q: Node, k: Node) -> tuple[sympy.Basic, tuple[Bias, ...], EmptyRows]:
         rank = rank_of(node) or 0
         out = shape_of(node) or ()
         shape = (*out[:-1], (shape_of(k) or ())[-2])
@@ -142,13 +143,13 @@ class _Finder:
             scores.product, scale, scores.softcap, scores.biases, scores.predicate, scores.infinite,
             (*scores.passed, node, *passed), (*scores.words, "softmax"), scores.mask_nodes,
         )  # fmt: skip
-        empty = "zero" if scores.predicate == sympy.true else "nan" if scores.infinite else "mean"
+        empty: EmptyRows = "zero" if scores.predicate == sympy.true else "nan" if scores.infinite else "mean"
         return self._site(
             node, "softmax", output, q_read, k_read, v_read, heads, scores, empty, rank, weighted.output_axes(rank)
         )
 
     def _weighted_values(self, softmax: Node) -> tuple[Node, Product, list[Node]]:
-        here, passed = softmax, []
+        here, passed = softmax, list[Node]()
         while True:
             users = users_of(here)
             if len(users) != 1:
@@ -193,7 +194,7 @@ class _Finder:
 
     def _site(
         self, anchor: Node, origin: str, out: Node, q: Peeled, k: Peeled, v: Peeled, heads: int, scores: Scores,
-        empty: str, rank: int, out_axes: tuple[int | None, ...] | None = None,
+        empty: EmptyRows, rank: int, out_axes: CanonicalAxes | None = None,
     ) -> Site:  # fmt: skip
         if k.repeats != v.repeats:
             raise NotAttention("keys and values repeat their heads differently", anchor)
@@ -216,7 +217,7 @@ class _Finder:
             softcap=scores.softcap, biases=biases, absorbed=absorbed, evidence=tuple(evidence), source=source_of(anchor),
         )  # fmt: skip
 
-    def _mask(self, scores: Scores, empty: str, anchor: Node) -> tuple[Mask, tuple[Bias, ...]]:
+    def _mask(self, scores: Scores, empty: EmptyRows, anchor: Node) -> tuple[Mask, tuple[Bias, ...]]:
         """The provable part of the mask as a predicate, and each whole-tensor part as a boolean that keeps or hides."""
         proved: list[sympy.Basic] = []
         opaque: list[Bias] = []

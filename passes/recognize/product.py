@@ -8,6 +8,7 @@ import sympy
 import torch.fx
 
 from subquad.ir.mask import B, H
+from subquad.ir.site import CanonicalAxes
 from subquad.ir.vocabulary import arguments, kind
 
 Node = torch.fx.Node
@@ -58,11 +59,12 @@ class Product:
             for c in self.right_letters
         )
 
-    def output_axes(self, rank: int) -> tuple[int | None, ...]:
+    def output_axes(self, rank: int) -> CanonicalAxes:
         """For canonical (batch, time, head, dim), the output axis that holds it."""
         dim = next(c for c in self.out_letters if c not in self.left_letters)
-        letters = (self.left_letters[0], self.left_letters[-2], self.left_letters[1] if rank == 4 else None, dim)
-        return tuple(None if c is None else self.out_letters.index(c) for c in letters)
+        place = self.out_letters.index
+        head = place(self.left_letters[1]) if rank == 4 else None
+        return place(self.left_letters[0]), place(self.left_letters[-2]), head, place(dim)
 
 
 def _batch_role(letter: str, order: str) -> sympy.Symbol | None:

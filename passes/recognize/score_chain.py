@@ -56,7 +56,24 @@ def canonical(expression: sympy.Basic, rank: int) -> sympy.Basic:
     return expression.xreplace({axis(n): name for n, name in enumerate(names)})
 
 
-_CHAIN = frozenset("mul div add sub tanh where masked_fill maximum cast contiguous dropout view rsub neg".split())
+_CHAIN = frozenset(
+    [
+        "mul",
+        "div",
+        "add",
+        "sub",
+        "tanh",
+        "where",
+        "masked_fill",
+        "maximum",
+        "cast",
+        "contiguous",
+        "dropout",
+        "view",
+        "rsub",
+        "neg",
+    ]
+)
 
 
 def read_scores(node: Any, algebra: MaskAlgebra) -> Scores:
@@ -123,7 +140,7 @@ def _score_operands(node: Node) -> list[Node]:
     names = {"where": ("a", "b"), "masked_fill": ("x",)}.get(kind(node), ("x", "a", "b"))
     rank = rank_of(node)
     shape = shape_of(node) or ()
-    found = []
+    found: list[Node] = []
     for name in names:
         value = a.get(name)
         other = shape_of(value)

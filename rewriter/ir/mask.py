@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
+EmptyRows = Literal["zero", "mean", "nan"]
 B, H, Q, KV = sympy.symbols("b h q kv", integer=True, nonnegative=True)
 
 
@@ -61,7 +62,7 @@ class Mask:
 
     predicate: Boolean | None
     tables: tuple[Table, ...] = ()
-    empty_rows: str = "zero"
+    empty_rows: EmptyRows = "zero"
     tensor: Any = field(default=None, compare=False)
     evidence: tuple[str, ...] = ()
 

@@ -61,6 +61,10 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        """Copies of a module share the account of how it came to be."""
+        return self
+
     @property
     def plan_hash(self) -> str | None:
         """The hash of the plan, None when nothing was planned."""

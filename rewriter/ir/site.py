@@ -9,6 +9,9 @@ import torch.fx
 
 from subquad.ir.mask import Mask
 
+CanonicalAxes = tuple[int | None, int | None, int | None, int | None]
+"""For (batch, time, head, dim): the axis that holds it, None when it is absent."""
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -19,7 +22,7 @@ class Operand:
     """
 
     node: torch.fx.Node
-    axes: tuple[int | None, int | None, int | None, int | None]
+    axes: CanonicalAxes
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Site:
     k: Operand
     v: Operand
     out: torch.fx.Node
-    out_axes: tuple[int | None, int | None, int | None, int | None]
+    out_axes: CanonicalAxes
     scale: float
     mask: Mask
     heads: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,13 +77,19 @@ class SeamSite:
     observer: Observer | None = None
 
 
-def attach(model: nn.Module, sites: Mapping[str, SeamSite]) -> Callable[[], None]:
-    """Route the attention of the named modules through our operators; returns the function that undoes it.
+PREVIOUS = "_subquad_previous"
+"""Instance attribute of a model that holds the name of the attention implementation it had before."""
+
+
+def attach(model: nn.Module, sites: Mapping[str, SeamSite]) -> None:
+    """Route the attention of the named modules through our operators; `detach` undoes it.
 
     model: a transformers PreTrainedModel.  sites: implementation by module path.  Modules without one keep SDPA.
     """
     _register()
-    before = model.config._attn_implementation
+    before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
+    if before != NAME:
+        model.__dict__[PREVIOUS] = before
     for path, site in sites.items():
         model.get_submodule(path).__dict__[SITE] = site
     model.set_attn_implementation(NAME)  # type: ignore[operator]
@@ -95,13 +101,13 @@ def attach(model: nn.Module, sites: Mapping[str, SeamSite]) -> Callable[[], None
     if recurrent and hasattr(model, "_prepare_cache_for_generation"):
         model.__dict__["_prepare_cache_for_generation"] = _CachePreparation(model, recurrent)
 
-    def undo() -> None:
-        for path in sites:
-            model.get_submodule(path).__dict__.pop(SITE, None)
-        model.__dict__.pop("_prepare_cache_for_generation", None)
-        model.set_attn_implementation(before)  # type: ignore[operator]
 
-    return undo
+def detach(model: nn.Module, paths: Iterable[str]) -> None:
+    """Give the named attention modules, and the model, back what they had before `attach`."""
+    for path in paths:
+        model.get_submodule(path).__dict__.pop(SITE, None)
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+    model.set_attn_implementation(model.__dict__.pop(PREVIOUS))  # type: ignore[operator]
 
 
 class _CachePreparation:
