@@ -4,20 +4,21 @@ import sys
 
 if __name__ == "kernels":
     # The repository root is on sys.path and this folder was taken for PyPI's `kernels`: give way to the real package.
+    from importlib import import_module
     from pathlib import Path
 
     _root = Path(__file__).resolve().parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
     del sys.modules["kernels"]
-    import kernels  # noqa: F401
+    import_module("kernels")
 else:
     from subquad.kernels.decomposition import decompositions
     from subquad.kernels.expression import evaluate, parse
     from subquad.kernels.intervals import block_tests
     from subquad.kernels.provider import provide, provided
-    from subquad.kernels.recurrence_op import recurrence
     from subquad.kernels.recurrence_by_token import recurrence_reference
     from subquad.kernels.recurrence_forms import recurrence_torch
+    from subquad.kernels.recurrence_op import recurrence
     from subquad.kernels.softmax_op import softmax_attention
     from subquad.kernels.softmax_reference import softmax_attention_reference
     from subquad.kernels.softmax_torch import softmax_attention_torch

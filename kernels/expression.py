@@ -69,7 +69,9 @@ class _Checker:
         self.names: set[str] = set()
 
     def fail(self, found: str) -> ValueError:
-        return ValueError(f"The {self.grammar} expression {self.text!r} contains {found}, which the language does not have.")
+        return ValueError(
+            f"The {self.grammar} expression {self.text!r} contains {found}, which the language does not have."
+        )
 
     def want(self, node: ast.expr, *kinds: str) -> str:
         kind = self.kind(node)
@@ -117,7 +119,9 @@ class _Checker:
                 self.names.add(name)
                 self.number(left)
                 return REAL
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC and not isinstance(op, ast.MatMult):
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC and not isinstance(
+                op, ast.MatMult
+            ):
                 if isinstance(op, ast.Div) != feature and isinstance(op, ast.Div | ast.FloorDiv | ast.Mod):
                     raise self.fail(f"the operator of {ast.unparse(node)!r}")
                 self.number(left)
@@ -127,7 +131,9 @@ class _Checker:
                 self.number(left)
                 self.number(right)
                 return BOOL
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if _FUNCTIONS[self.grammar].get(name) == len(args):
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if _FUNCTIONS[self.grammar].get(name) == len(
+                args
+            ):
                 if name == "where":
                     self.want(args[0], BOOL, TABLE)
                     args = args[1:]
@@ -229,7 +235,10 @@ class _Evaluator:
 
 def _tensors(*values: Value) -> list[Tensor]:
     device = next(value.device for value in values if isinstance(value, Tensor))
-    return [value if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=torch.int64, device=device) for value in values]
+    return [
+        value if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=torch.int64, device=device)
+        for value in values
+    ]
 
 
 def _extreme(tensor_form: Callable[[Tensor, Tensor], Tensor], plain: Callable[..., Value]) -> Callable[..., Value]:

@@ -45,7 +45,9 @@ def _binary(op: ast.operator, left: ast.expr, right: ast.expr) -> ast.expr:
     node = ast.BinOp(left, op, right)
     values = [_literal(left), _literal(right)]
     if None not in values and not (isinstance(op, ast.FloorDiv | ast.Mod) and values[1] == 0):
-        return ast.Constant(eval(compile(ast.fix_missing_locations(ast.Expression(node)), "fold", "eval"), {"__builtins__": {}}))
+        return ast.Constant(
+            eval(compile(ast.fix_missing_locations(ast.Expression(node)), "fold", "eval"), {"__builtins__": {}})
+        )
     if isinstance(op, ast.Add | ast.Sub) and values[1] == 0:
         return left
     if isinstance(op, ast.Add) and values[0] == 0:
@@ -211,7 +213,10 @@ def _product(left: _Range, right: _Range) -> _Range:
     if right.is_point:
         return _ends(_binary(times, left.low, right.low), _binary(times, left.high, right.low), _sign(right.low))
     corners = [_binary(times, a, c) for a in (left.low, left.high) for c in (right.low, right.high)]
-    return _Range(functools.reduce(lambda a, c: _call("min", a, c), corners), functools.reduce(lambda a, c: _call("max", a, c), corners))
+    return _Range(
+        functools.reduce(lambda a, c: _call("min", a, c), corners),
+        functools.reduce(lambda a, c: _call("max", a, c), corners),
+    )
 
 
 def _function(name: str, args: list[ast.expr]) -> _Range:

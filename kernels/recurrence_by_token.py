@@ -60,7 +60,9 @@ def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, tuple[int
         return [(row, (0, q.shape[1])) for row in range(q.shape[0])]
     bounds = cu_seqlens.tolist()
     if q.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != q.shape[1]:
-        raise ValueError(f"recurrence got cu_seqlens {bounds} for q {list(q.shape)}; packed input has B = 1 and ends at T.")
+        raise ValueError(
+            f"recurrence got cu_seqlens {bounds} for q {list(q.shape)}; packed input has B = 1 and ends at T."
+        )
     return list(enumerate(zip(bounds[:-1], bounds[1:], strict=True)))
 
 
@@ -101,7 +103,14 @@ class _Sequence:
         return self.spec.sinks + (number - self.spec.sinks) % self.spec.window if self.spec.window else None
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, fq: Tensor, log_decay: Tensor | None, beta: Tensor | None, live: list[int]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        fq: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        live: list[int],
     ) -> Tensor:
         outputs = [q.new_zeros(self.heads, self.value_width) for _ in range(q.shape[0])]
         for token in live:
@@ -126,7 +135,9 @@ class _Sequence:
 
     def absorb(self, key: Tensor, value: Tensor, beta: Tensor | None) -> None:
         group = self.heads // self.kv_heads
-        phi = features(self.spec.feature_map, key.repeat_interleave(group, 0)[None, :, None, :], self.feature_k)[0, :, 0]
+        phi = features(self.spec.feature_map, key.repeat_interleave(group, 0)[None, :, None, :], self.feature_k)[
+            0, :, 0
+        ]
         value = value.repeat_interleave(group, 0)
         if self.spec.update == "delta":
             value = value - torch.einsum("hf,hfv->hv", phi, self.state[..., :-1])

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from subquad.kernels.features import features, gate, normalise, repeat_heads
 from subquad.kernels.recurrence_by_token import Result
+from subquad.kernels.recurrence_layout import arrange, complete
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
@@ -50,13 +51,8 @@ def recurrence_chunked(
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
-    order: Tensor | None = None
-    live: Any = total
-    if valid is not None:
-        order = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
-        q, k, v = (_pick(x, order) for x in (q, k, v))
-        live = valid.sum(1)[:, None]
-    past = torch.zeros(1, dtype=torch.int64, device=q.device) if seen is None else seen
+    layout = arrange(q, k, v, valid, window_k, window_v, seen, spec)
+    past, live, keys, values = layout.past, layout.live, layout.keys, layout.values
     chunk: Any = CHUNK
     count: Any = (total + CHUNK - 1) // CHUNK
     if statically_known_true(total <= CHUNK):
@@ -66,14 +62,11 @@ def recurrence_chunked(
     span = count * chunk
     whole = statically_known_true(span == total)
 
-    sink_k, ring_k = _history(window_k, past, k, spec)
-    sink_v, ring_v = _history(window_v, past, v, spec)
-    keys, values = torch.cat([ring_k, k.to(dtype)], 1), torch.cat([ring_v, v.to(dtype)], 1)
     if not whole:
         keys, values = (F.pad(x, (0, 0, 0, 0, 0, span - total)) for x in (keys, values))
     slots = torch.arange(spec.window + span, device=q.device)
     number = past[:, None] - spec.window + slots
-    query = q.to(dtype)
+    query = layout.q.to(dtype)
     if not whole:
         query = F.pad(query, (0, 0, 0, 0, 0, span - total))
 
@@ -92,9 +85,11 @@ def recurrence_chunked(
     if spec.window == 0:
         out = normalise(linear[..., :-1], linear[..., -1:], spec).flatten(2, 3).transpose(1, 2)
     else:
-        sinks_k, sinks_v = _with_new(sink_k, k, past, spec), _with_new(sink_v, v, past, spec)
+        sinks_k, sinks_v = layout.sinks_k, layout.sinks_v
         local = _scores(query, keys * spec.scale, sinks_k * spec.scale, count, chunk, spec)
-        hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(~_allowed(number, past, count, chunk, spec, deep), -torch.inf)
+        hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(
+            ~_allowed(number, past, count, chunk, spec, deep), -torch.inf
+        )
         weight = torch.softmax(local + hidden, -1)
         log_gamma = gate(window_gate, spec, local)
         if log_gamma.shape[0] > 1:
@@ -106,12 +101,7 @@ def recurrence_chunked(
         out = torch.addcmul(linear[..., :-1], nearby, mass) / (mass + linear[..., -1:])
         out = out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
     out = out[:, :total]
-    if order is not None and valid is not None:
-        back = torch.zeros_like(order).scatter(1, order, torch.arange(total, device=q.device).expand_as(order))
-        out = torch.where(valid[:, :, None, None], _pick(out, back), torch.zeros_like(out))
-    after = past + (live if order is None else live[:, 0])
-    after = after.expand(q.shape[0]).contiguous()
-    return out, final, _buffer(keys, sink_k, k, past, after, spec), _buffer(values, sink_v, v, past, after, spec), after
+    return complete(layout, out, final, spec)
 
 
 def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,35 +124,6 @@ def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if state is not None:
             sums = sums + state.to(added.dtype)[:, :, None]
     return sums[:, :, :-1], sums[:, :, -1]
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` [B, n] of x [B, T, H, K]."""
-    return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-
-
-def _history(buffer: Tensor | None, past: Tensor, new: Tensor, spec: RecurrenceSpec) -> tuple[Tensor, Tensor]:
-    """Sink slots [B, sinks, ..] and the ring in order of age [B, window, ..], in the compute dtype."""
-    dtype = compute_dtype(new)
-    if buffer is None:
-        shape = (new.shape[0], spec.sinks + spec.window, *new.shape[2:])
-        empty = new.new_zeros(shape, dtype=dtype)
-        return empty[:, : spec.sinks], empty[:, spec.sinks :]
-    buffer = buffer.to(dtype)
-    if spec.window == 0:
-        return buffer, buffer
-    numbers = past[:, None] - spec.window + torch.arange(spec.window, device=new.device)
-    return buffer[:, : spec.sinks], _pick(buffer, spec.sinks + (numbers - spec.sinks) % spec.window)
-
-
-def _with_new(sinks: Tensor, new: Tensor, past: Tensor, spec: RecurrenceSpec) -> Tensor:
-    """Sink slots after the new tokens (compacted) have filled those that were still free."""
-    if spec.sinks == 0:
-        return sinks
-    index = torch.arange(spec.sinks, device=new.device)[None, :]
-    fresh = (index - past[:, None]).clamp(min=0)
-    fresh = fresh.minimum(torch.full_like(fresh, new.shape[1] - 1)).expand(new.shape[0], -1)
-    return torch.where((index < past[:, None])[:, :, None, None], sinks, _pick(new, fresh).to(sinks.dtype))
 
 
 def _windows(x: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
@@ -202,18 +163,3 @@ def _allowed(number: Tensor, past: Tensor, count: Any, chunk: Any, spec: Recurre
         sink = torch.arange(spec.sinks, device=number.device) <= tokens.unflatten(1, (count, chunk))[..., None]
         local = torch.cat([sink, local], -1)
     return local[:, None, :, None]
-
-
-def _buffer(joined: Tensor, sinks: Tensor, new: Tensor, past: Tensor, after: Tensor, spec: RecurrenceSpec) -> Tensor:
-    """The window buffer [B, sinks + window, Hkv, K] after `after` tokens, in the dtype of `new`; free slots are 0."""
-    if spec.window == 0:
-        return new.new_zeros(new.shape[0], 0, *new.shape[2:])
-    index = torch.arange(spec.window, device=new.device)[None, :]
-    number = spec.sinks + index + spec.window * ((after[:, None] - spec.sinks - 1 - index) // spec.window)
-    place = (number - past[:, None] + spec.window).clamp(min=0)
-    ring = _pick(joined, place) * (number >= spec.sinks)[:, :, None, None].to(joined.dtype)
-    if spec.sinks:
-        held = torch.arange(spec.sinks, device=new.device)[None, :] < after[:, None]
-        first = _with_new(sinks, new, past, spec) * held[:, :, None, None].to(joined.dtype)
-        ring = torch.cat([first, ring], 1)
-    return ring.to(new.dtype)

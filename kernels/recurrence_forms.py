@@ -10,8 +10,8 @@ from torch import Tensor
 
 from subquad.kernels.autograd_scope import recording
 from subquad.kernels.features import features, normalise, repeat_heads, width
-from subquad.kernels.recurrence_chunked import recurrence_chunked, supports
 from subquad.kernels.recurrence_by_token import Result, recurrence_reference, sequences
+from subquad.kernels.recurrence_chunked import recurrence_chunked, supports
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
@@ -65,7 +65,10 @@ def forward(arguments: Arguments) -> Result:
     if q.shape[1] and (supports(what) or not what.causal):
         return _in_blocks(arguments, what)
     if q.shape[1] == 0 and arguments["state"] is not None and cu_seqlens is None:
-        return (torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]), *(arguments[name].clone() for name in STATE))
+        return (
+            torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]),
+            *(arguments[name].clone() for name in STATE),
+        )
     o, state, window_k, window_v, seen = recurrence_reference(**arguments, dtype=compute_dtype(q))
     return o.to(q.dtype), state, window_k.to(k.dtype), window_v.to(v.dtype), seen
 
@@ -126,7 +129,8 @@ def _walk(arguments: Arguments, what: RecurrenceSpec) -> list[tuple[int, int, bo
     seen = 0 if arguments["seen"] is None else int(arguments["seen"].min())
     sure = arguments["valid"] is None
     return [
-        (start, min(start + BLOCK, total), sure and seen + start >= what.sinks + what.window) for start in range(0, total, BLOCK)
+        (start, min(start + BLOCK, total), sure and seen + start >= what.sinks + what.window)
+        for start in range(0, total, BLOCK)
     ]
 
 
@@ -160,7 +164,9 @@ def _blocks_backward(arguments: Arguments, what: RecurrenceSpec, grads: Sequence
     parameters = len(arguments["feature_q"]) + len(arguments["feature_k"]) + (arguments["window_gate"] is not None)
     for (start, stop, deep), carry in zip(reversed(walk), reversed(starts), strict=True):
         named = _block(arguments, start, stop, carry) | {"decay": None, "beta": None}
-        found = _gradients(lambda named, deep=deep: _run_block(named, what, deep), named, [grads[0][:, start:stop], *carried])
+        found = _gradients(
+            lambda named, deep=deep: _run_block(named, what, deep), named, [grads[0][:, start:stop], *carried]
+        )
         pieces.append(found[:3])
         own = found[3 : 3 + parameters]
         shared = own if not shared else [one + other for one, other in zip(shared, own, strict=True)]

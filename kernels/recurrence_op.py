@@ -29,13 +29,19 @@ def check(arguments: dict[str, Any]) -> RecurrenceSpec:
             "and [B, T, Hkv, V]."
         )
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"recurrence got {q.shape[2]} query heads over {k.shape[2]} key heads; the first must be a multiple.")
+        raise ValueError(
+            f"recurrence got {q.shape[2]} query heads over {k.shape[2]} key heads; the first must be a multiple."
+        )
     for name, wanted in (("decay", spec.decay != "none"), ("beta", spec.update == "delta")):
         if (arguments[name] is not None) != wanted:
-            raise ValueError(f"recurrence got {name} {'present' if not wanted else 'absent'}, but the spec says the opposite.")
+            raise ValueError(
+                f"recurrence got {name} {'present' if not wanted else 'absent'}, but the spec says the opposite."
+            )
     parts = [arguments[name] is not None for name in forms.STATE]
     if any(parts) != all(parts):
-        raise ValueError("recurrence got part of an initial state; give all of state, window_k, window_v and seen, or none.")
+        raise ValueError(
+            "recurrence got part of an initial state; give all of state, window_k, window_v and seen, or none."
+        )
     return spec
 
 
@@ -72,7 +78,23 @@ def recurrence(
     arguments = dict(
         zip(
             ARGUMENTS,
-            (q, k, v, decay, beta, feature_q, feature_k, window_gate, valid, state, window_k, window_v, seen, cu_seqlens, spec),
+            (
+                q,
+                k,
+                v,
+                decay,
+                beta,
+                feature_q,
+                feature_k,
+                window_gate,
+                valid,
+                state,
+                window_k,
+                window_v,
+                seen,
+                cu_seqlens,
+                spec,
+            ),
             strict=True,
         )
     )
@@ -101,7 +123,23 @@ def _(
     cu_seqlens: Tensor | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    values = (q, k, v, decay, beta, feature_q, feature_k, window_gate, valid, state, window_k, window_v, seen, cu_seqlens, spec)
+    values = (
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        feature_q,
+        feature_k,
+        window_gate,
+        valid,
+        state,
+        window_k,
+        window_v,
+        seen,
+        cu_seqlens,
+        spec,
+    )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
     what = check(arguments)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -135,7 +173,23 @@ def recurrence_backward(
     spec: str,
 ) -> list[Tensor]:
     """Gradients of recurrence's floating inputs that are present, for grads of (o, state, window_k, window_v)."""
-    values = (q, k, v, decay, beta, feature_q, feature_k, window_gate, valid, state, window_k, window_v, seen, cu_seqlens, spec)
+    values = (
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        feature_q,
+        feature_k,
+        window_gate,
+        valid,
+        state,
+        window_k,
+        window_v,
+        seen,
+        cu_seqlens,
+        spec,
+    )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
     found = forms.backward(arguments, grads)
     wanted = forms.differentiable(arguments)
@@ -161,7 +215,23 @@ def _(
     cu_seqlens: Tensor | None,
     spec: str,
 ) -> list[Tensor]:
-    values = (q, k, v, decay, beta, feature_q, feature_k, window_gate, valid, state, window_k, window_v, seen, cu_seqlens, spec)
+    values = (
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        feature_q,
+        feature_k,
+        window_gate,
+        valid,
+        state,
+        window_k,
+        window_v,
+        seen,
+        cu_seqlens,
+        spec,
+    )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
     return [one.new_empty(one.shape) for one in forms.differentiable(arguments)]
 

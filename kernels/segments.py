@@ -34,10 +34,14 @@ def check(
     if q.dim() != 4:
         raise ValueError(f"softmax_attention got q with {q.dim()} dimensions; it must be [B, Tq, H, K].")
     if not k or len(k) != len(v):
-        raise ValueError(f"softmax_attention got {len(k)} key and {len(v)} value segments; give the same number, at least one.")
+        raise ValueError(
+            f"softmax_attention got {len(k)} key and {len(v)} value segments; give the same number, at least one."
+        )
     for name, group in (("rows", rows), ("lengths", lengths), ("positions", positions)):
         if len(group) not in (0, len(k)):
-            raise ValueError(f"softmax_attention got {len(group)} {name} for {len(k)} segments; give none or one per segment.")
+            raise ValueError(
+                f"softmax_attention got {len(group)} {name} for {len(k)} segments; give none or one per segment."
+            )
     for index, (key, value) in enumerate(zip(k, v, strict=True)):
         if key.dim() != 4 or value.dim() != 4 or key.shape[2] != value.shape[2] or key.shape[3] != q.shape[3]:
             raise ValueError(
@@ -45,9 +49,17 @@ def check(
                 "they must be [Bs, Ts, Hkv, K] and [Bs, Ts, Hkv, V] with q's K."
             )
     if q.shape[2] % k[0].shape[2]:
-        raise ValueError(f"softmax_attention got {q.shape[2]} query heads over {k[0].shape[2]} key heads; the first must be a multiple.")
-    if not rows and isinstance(q.shape[0], int) and any(isinstance(key.shape[0], int) and key.shape[0] != q.shape[0] for key in k):
-        raise ValueError(f"softmax_attention got key segments of batch {[key.shape[0] for key in k]} for batch {q.shape[0]}; give rows.")
+        raise ValueError(
+            f"softmax_attention got {q.shape[2]} query heads over {k[0].shape[2]} key heads; the first must be a multiple."
+        )
+    if (
+        not rows
+        and isinstance(q.shape[0], int)
+        and any(isinstance(key.shape[0], int) and key.shape[0] != q.shape[0] for key in k)
+    ):
+        raise ValueError(
+            f"softmax_attention got key segments of batch {[key.shape[0] for key in k]} for batch {q.shape[0]}; give rows."
+        )
 
 
 def join(
@@ -76,7 +88,11 @@ def join(
             base = base + key.shape[1]
     if len(k) == 1:
         return Keys(keys[0], values[0], places[0], lives[0] if lives else None)
-    widest = max(place.shape[0] for place in places) if all(isinstance(place.shape[0], int) for place in places) else keys[0].shape[0]
+    widest = (
+        max(place.shape[0] for place in places)
+        if all(isinstance(place.shape[0], int) for place in places)
+        else keys[0].shape[0]
+    )
     places = [place.expand(widest, -1) for place in places]
     return Keys(torch.cat(keys, 1), torch.cat(values, 1), torch.cat(places, 1), torch.cat(lives, 1) if lives else None)
 

@@ -62,12 +62,22 @@ def softmax_attention_backward(
         go = grad_o[:, part].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         gl = torch.zeros_like(lse)
         if what.lse:
-            gl = grad_lse[:, part].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1)[..., None].masked_fill(empty, 0.0)
+            gl = (
+                grad_lse[:, part]
+                .to(dtype)
+                .unflatten(2, (kv_heads, -1))
+                .permute(0, 2, 3, 1)[..., None]
+                .masked_fill(empty, 0.0)
+            )
         dweight = torch.matmul(go.flatten(2, 3), value.transpose(2, 3)).view_as(weight)
         shift = gl - (weight * dweight).sum(-1, keepdim=True)
         dscore = weight * (dweight + shift)
         if what.empty_rows == "mean" and sinks is None:
-            live = torch.ones_like(score[:, :1, :1, :1]) if keys.live is None else keys.live[:, None, None, None, :].to(dtype)
+            live = (
+                torch.ones_like(score[:, :1, :1, :1])
+                if keys.live is None
+                else keys.live[:, None, None, None, :].to(dtype)
+            )
             weight = torch.where(empty, live / live.sum(-1, keepdim=True).clamp_min(1), weight)
         dv += torch.matmul(weight.flatten(2, 3).transpose(2, 3), go.flatten(2, 3))
         if dsinks is not None:
@@ -79,7 +89,9 @@ def softmax_attention_backward(
         dscore = (dscore * what.scale).flatten(2, 3)
         row = q[:, part].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         dk += torch.matmul(dscore.transpose(2, 3), row)
-        dq[:, part] = torch.matmul(dscore, key).unflatten(2, (-1, part.stop - part.start)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        dq[:, part] = (
+            torch.matmul(dscore, key).unflatten(2, (-1, part.stop - part.start)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        )
     grads = [dq.to(q.dtype), *split(dk.transpose(1, 2), k, rows), *split(dv.transpose(1, 2), v, rows)]
     if bias is not None and dbias is not None:
         grads.append(dbias.to(bias.dtype))

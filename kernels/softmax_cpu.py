@@ -42,7 +42,14 @@ def softmax_attention_cpu(
     keys = _trim(join(k, v, rows, lengths, positions), lengths)
     query = query_positions(q, q_positions)
     plain = q_positions is None and not positions and keys.live is None and q.shape[1] == keys.k.shape[1]
-    if what.mask == "q >= kv" and plain and bias is None and what.softcap is None and q.shape[1] > 1 and _has_flash(q, keys):
+    if (
+        what.mask == "q >= kv"
+        and plain
+        and bias is None
+        and what.softcap is None
+        and q.shape[1] > 1
+        and _has_flash(q, keys)
+    ):
         o, lse = _flash(q, keys.k, keys.v, what, None, causal=True)
     else:
         if bias is not None:
@@ -70,7 +77,12 @@ def _trim(keys: Keys, lengths: Sequence[Tensor]) -> Keys:
 
 
 def _has_flash(q: Tensor, keys: Keys) -> bool:
-    return q.shape[3] == keys.v.shape[3] and keys.k.shape[1] > 0 and q.numel() > 0 and q.dtype == keys.k.dtype == keys.v.dtype
+    return (
+        q.shape[3] == keys.v.shape[3]
+        and keys.k.shape[1] > 0
+        and q.numel() > 0
+        and q.dtype == keys.k.dtype == keys.v.dtype
+    )
 
 
 def _state(
@@ -104,7 +116,11 @@ def _flash(
     else:
         q = q.transpose(1, 2)
     if additive is not None:
-        additive = additive.expand(batch, -1, q.shape[2], k.shape[1]) if additive.shape[2] == 1 else additive.expand(batch, -1, -1, k.shape[1])
+        additive = (
+            additive.expand(batch, -1, q.shape[2], k.shape[1])
+            if additive.shape[2] == 1
+            else additive.expand(batch, -1, -1, k.shape[1])
+        )
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, attn_mask=additive, scale=spec.scale
     )
@@ -127,7 +143,9 @@ def _fold(additive: Tensor, kv_heads: int, group: int, q_len: int) -> Tensor:
     return per_head.transpose(2, 3).flatten(2, 3)
 
 
-def _blocks(q: Tensor, keys: Keys, spec: SoftmaxSpec, env: dict[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _blocks(
+    q: Tensor, keys: Keys, spec: SoftmaxSpec, env: dict[str, Any], bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Rows in blocks, each over the key blocks its mask may touch; blocks wholly visible go without a mask."""
     q_len, k_len = q.shape[1], keys.k.shape[1]
     maybe, always = _block_map(spec, env, q_len, k_len)
@@ -183,11 +201,18 @@ def _block_map(spec: SoftmaxSpec, env: dict[str, Any], q_len: int, k_len: int) -
         return torch.ones(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
     q_low, q_high = _bounds(env["q"].squeeze(3), q_len)
     k_low, k_high = _bounds(env["kv"].squeeze(2), k_len)
-    bounds = {"q_lo": q_low[..., None], "q_hi": q_high[..., None], "kv_lo": k_low[:, :, None], "kv_hi": k_high[:, :, None]}
+    bounds = {
+        "q_lo": q_low[..., None],
+        "q_hi": q_high[..., None],
+        "kv_lo": k_low[:, :, None],
+        "kv_hi": k_high[:, :, None],
+    }
     maybe_text, always_text = block_tests(spec.mask)
     results = []
     for text in (maybe_text, always_text):
         needed = parse(text, "test").names
         value = evaluate(text, {name: item for name, item in (env | bounds).items() if name in needed}, "test")
-        results.append(torch.as_tensor(value).expand(*torch.broadcast_shapes(torch.as_tensor(value).shape, (1, 1, *shape))))
+        results.append(
+            torch.as_tensor(value).expand(*torch.broadcast_shapes(torch.as_tensor(value).shape, (1, 1, *shape)))
+        )
     return results[0].flatten(0, 1).any(0), results[1].flatten(0, 1).all(0)

@@ -47,12 +47,27 @@ def softmax_attention(
         o, lse = softmax_attention_cpu(*arguments)
     else:
         provider = provided()
-        found = None if provider is None else provider("softmax_attention", dict(zip(ARGUMENTS, arguments, strict=True)))
+        found = (
+            None if provider is None else provider("softmax_attention", dict(zip(ARGUMENTS, arguments, strict=True)))
+        )
         o, lse = softmax_attention_torch(*arguments) if found is None else found
     return o.contiguous(), lse.contiguous()
 
 
-ARGUMENTS = ("q", "k", "v", "rows", "lengths", "positions", "q_positions", "bias", "sinks", "operands", "scalars", "spec")
+ARGUMENTS = (
+    "q",
+    "k",
+    "v",
+    "rows",
+    "lengths",
+    "positions",
+    "q_positions",
+    "bias",
+    "sinks",
+    "operands",
+    "scalars",
+    "spec",
+)
 
 
 @softmax_attention.register_fake
@@ -119,7 +134,11 @@ def _(
     scalars: Sequence[int],
     spec: str,
 ) -> list[Tensor]:
-    grads = [q.new_empty(q.shape), *[key.new_empty(key.shape) for key in k], *[value.new_empty(value.shape) for value in v]]
+    grads = [
+        q.new_empty(q.shape),
+        *[key.new_empty(key.shape) for key in k],
+        *[value.new_empty(value.shape) for value in v],
+    ]
     if bias is not None:
         grads.append(bias.new_empty((1,) * (4 - bias.dim()) + tuple(bias.shape)))
     if sinks is not None:
@@ -147,7 +166,12 @@ def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     grads = torch.ops.subquad.softmax_attention_backward(
         grad_o, grad_lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, ctx.scalars, ctx.spec
     )
-    dq, dk, dv, extra = grads[0], grads[1 : 1 + len(k)], grads[1 + len(k) : 1 + 2 * len(k)], list(grads[1 + 2 * len(k) :])
+    dq, dk, dv, extra = (
+        grads[0],
+        grads[1 : 1 + len(k)],
+        grads[1 + len(k) : 1 + 2 * len(k)],
+        list(grads[1 + 2 * len(k) :]),
+    )
     dbias = None if bias is None else extra.pop(0).reshape(bias.shape)
     dsinks = None if sinks is None else extra.pop(0)
     none = [[None] * len(group) for group in (rows, lengths, positions, operands)]

@@ -59,18 +59,24 @@ def softmax_attention_reference(
                 "q": (torch.arange(q_len) if q_positions is None else q_positions[row])[:, None],
                 "kv": torch.cat(places)[None, :],
             }
-            env |= {f"t{i}": table for i, table in enumerate(operands)} | {f"s{i}": torch.tensor(n) for i, n in enumerate(scalars)}
+            env |= {f"t{i}": table for i, table in enumerate(operands)} | {
+                f"s{i}": torch.tensor(n) for i, n in enumerate(scalars)
+            }
             visible = torch.as_tensor(evaluate(what.mask, env)).expand_as(score)
             score = score.masked_fill(~visible, -torch.inf)
         if sinks is not None:
             score = torch.cat([score, sinks.double()[:, None, None].expand(heads, q_len, 1)], -1)
-            value = torch.cat([value, torch.zeros_like(value[:1])] if len(value) else [value.new_zeros(1, heads, v[0].shape[-1])])
+            value = torch.cat(
+                [value, torch.zeros_like(value[:1])] if len(value) else [value.new_zeros(1, heads, v[0].shape[-1])]
+            )
         lse = torch.logsumexp(score, -1) if score.shape[-1] else score.new_full(score.shape[:-1], -torch.inf)
         empty = lse == -torch.inf
         weight = torch.exp(score - torch.where(empty, 0.0, lse)[..., None])
         out = torch.einsum("hqn,nhv->qhv", weight, value)
         if what.empty_rows != "zero":
-            instead = value.sum(0) / max(len(value), 1) if what.empty_rows == "mean" else torch.full_like(out[0], torch.nan)
+            instead = (
+                value.sum(0) / max(len(value), 1) if what.empty_rows == "mean" else torch.full_like(out[0], torch.nan)
+            )
             out = torch.where(empty.T[..., None], instead, out)
         outputs.append(out)
         lses.append(lse.T)

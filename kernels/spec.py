@@ -17,7 +17,12 @@ def _choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) -
 
 
 def _number(owner: str, name: str, value: object, positive: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (positive and value <= 0):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or (positive and value <= 0)
+    ):
         raise ValueError(f"{owner}.{name} is {value!r}; it must be a finite{' positive' if positive else ''} number.")
 
 
@@ -41,7 +46,9 @@ class _Canonical:
             raise ValueError(f"The {cls.__name__} text {text!r} is not JSON: {error}.") from None
         names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if not isinstance(data, dict) or not set(data) <= names:
-            raise ValueError(f"The {cls.__name__} text {text!r} must be a JSON object with keys among {', '.join(sorted(names))}.")
+            raise ValueError(
+                f"The {cls.__name__} text {text!r} must be a JSON object with keys among {', '.join(sorted(names))}."
+            )
         return data
 
     @classmethod
@@ -105,8 +112,14 @@ class RecurrenceSpec(_Canonical):
     causal: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.feature_map, tuple) or not self.feature_map or not all(isinstance(t, str) for t in self.feature_map):
-            raise ValueError(f"RecurrenceSpec.feature_map is {self.feature_map!r}; it must be a non-empty tuple of expressions.")
+        if (
+            not isinstance(self.feature_map, tuple)
+            or not self.feature_map
+            or not all(isinstance(t, str) for t in self.feature_map)
+        ):
+            raise ValueError(
+                f"RecurrenceSpec.feature_map is {self.feature_map!r}; it must be a non-empty tuple of expressions."
+            )
         object.__setattr__(self, "feature_map", tuple(parse(text, "feature").text for text in self.feature_map))
         _number("RecurrenceSpec", "scale", self.scale)
         object.__setattr__(self, "scale", float(self.scale))

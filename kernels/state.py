@@ -28,7 +28,9 @@ def merge(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, Tenso
 def merge_all(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge any positive number of states, kept in lse's precision until the last. Raises ValueError if there is none or counts differ."""
     if not outputs or len(outputs) != len(lses):
-        raise ValueError(f"merge_all got {len(outputs)} outputs and {len(lses)} lse tensors; give one lse for each of at least one output.")
+        raise ValueError(
+            f"merge_all got {len(outputs)} outputs and {len(lses)} lse tensors; give one lse for each of at least one output."
+        )
     o, lse = outputs[0].to(lses[0].dtype), lses[0]
     for other, other_lse in zip(outputs[1:], lses[1:], strict=True):
         o, lse = merge(o, lse, other, other_lse)

@@ -6,9 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, block_tests, evaluate, parse
 
-NUMBERS = ["q", "kv", "q - kv", "q // 3", "kv % 4", "min(q, kv)", "max(kv, s0)", "abs(q - kv)", "where(q < 3, kv, q)", "t0[kv]", "t1[b, q]"]
+NUMBERS = [
+    "q",
+    "kv",
+    "q - kv",
+    "q // 3",
+    "kv % 4",
+    "min(q, kv)",
+    "max(kv, s0)",
+    "abs(q - kv)",
+    "where(q < 3, kv, q)",
+    "t0[kv]",
+    "t1[b, q]",
+]
 NUMBERS += ["s0", "2", "-q", "q * s0", "q * kv", "b + h", "t0[h]", "kv // s0", "q % s0"]
 
 
@@ -23,11 +36,30 @@ def predicates(draw, depth=2):
 
 
 @settings(max_examples=300, deadline=None)
-@given(predicates(), st.integers(-5, 5).filter(bool), st.integers(0, 9), st.integers(1, 4), st.integers(0, 9), st.integers(1, 4))
+@given(
+    predicates(),
+    st.integers(-5, 5).filter(bool),
+    st.integers(0, 9),
+    st.integers(1, 4),
+    st.integers(0, 9),
+    st.integers(1, 4),
+)
 def test_block_tests_agree_with_dense_evaluation(text, scalar, q_lo, q_size, kv_lo, kv_size):
     tables = {"t0": torch.arange(12) % 5 - 1, "t1": torch.arange(24).reshape(2, 12) % 7}
-    dense = {"q": q_lo + torch.arange(q_size)[:, None], "kv": kv_lo + torch.arange(kv_size)[None], "s0": scalar, **tables}
-    bounds = {"q_lo": q_lo, "q_hi": q_lo + q_size - 1, "kv_lo": kv_lo, "kv_hi": kv_lo + kv_size - 1, "s0": scalar, **tables}
+    dense = {
+        "q": q_lo + torch.arange(q_size)[:, None],
+        "kv": kv_lo + torch.arange(kv_size)[None],
+        "s0": scalar,
+        **tables,
+    }
+    bounds = {
+        "q_lo": q_lo,
+        "q_hi": q_lo + q_size - 1,
+        "kv_lo": kv_lo,
+        "kv_hi": kv_lo + kv_size - 1,
+        "s0": scalar,
+        **tables,
+    }
     maybe_text, always_text = block_tests(text)
     for b, h in itertools.product((0, 1), (0, 3)):
         place = {"b": torch.tensor(b), "h": torch.tensor(h)}
@@ -53,7 +85,21 @@ def test_block_tests_are_exact_for_the_named_masks(text, maybe, always):
 
 
 @pytest.mark.parametrize(
-    "text", ["q >= x", "q", "q & kv", "q < kv < 3", "t0", "__import__('os')", "q.real < 1", "q >= 1.5", "lambda: 1", "q <", "q / 2 < 1", "exp(q) < 1"]
+    "text",
+    [
+        "q >= x",
+        "q",
+        "q & kv",
+        "q < kv < 3",
+        "t0",
+        "__import__('os')",
+        "q.real < 1",
+        "q >= 1.5",
+        "lambda: 1",
+        "q <",
+        "q / 2 < 1",
+        "exp(q) < 1",
+    ],
 )
 def test_what_the_language_lacks_is_refused(text):
     with pytest.raises(ValueError, match="expression"):
@@ -77,10 +123,21 @@ def test_specs_are_canonical_and_checked():
     assert SoftmaxSpec.parse(spec.json()) is SoftmaxSpec.parse(spec.json())
     one = RecurrenceSpec(("softmax(x@w0)",), 0.5, window=8, sinks=2)
     assert RecurrenceSpec.parse(one.json()) == one
-    for wrong in (dict(scale=float("nan")), dict(scale=1.0, softcap=0), dict(scale=1.0, empty_rows="none"), dict(scale=1.0, mask="q")):
+    for wrong in (
+        dict(scale=float("nan")),
+        dict(scale=1.0, softcap=0),
+        dict(scale=1.0, empty_rows="none"),
+        dict(scale=1.0, mask="q"),
+    ):
         with pytest.raises(ValueError, match=r"SoftmaxSpec|mask expression"):
             SoftmaxSpec(**wrong)
-    for wrong in (dict(window=-1), dict(sinks=1), dict(decay="fast"), dict(window=4, normaliser="rms"), dict(causal=False, window=4)):
+    for wrong in (
+        dict(window=-1),
+        dict(sinks=1),
+        dict(decay="fast"),
+        dict(window=4, normaliser="rms"),
+        dict(causal=False, window=4),
+    ):
         with pytest.raises(ValueError, match="RecurrenceSpec"):
             RecurrenceSpec(("x",), 1.0, **wrong)
     with pytest.raises(ValueError, match="keys among"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, decompositions, recurrence, softmax_attention
 from subquad.kernels import recurrence_forms as forms
 
@@ -89,7 +90,9 @@ class Both(torch.nn.Module):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         one, _ = torch.ops.subquad.softmax_attention(q, [k], [k], [], [], [], None, None, None, [], [], CAUSAL_TEXT)
-        other, *_ = torch.ops.subquad.recurrence(q, k, k, None, None, [w], [w], None, None, None, None, None, None, None, STEP_TEXT)
+        other, *_ = torch.ops.subquad.recurrence(
+            q, k, k, None, None, [w], [w], None, None, None, None, None, None, None, STEP_TEXT
+        )
         return one + other
 
 

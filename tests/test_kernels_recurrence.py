@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from subquad.kernels import RecurrenceSpec, recurrence, recurrence_reference, recurrence_torch
 from subquad.kernels import recurrence_forms as forms
 
@@ -33,7 +34,10 @@ def close(got, wanted, tolerance=1e-10):
 def in_pieces(arguments, cuts, form=recurrence):
     outs, bounds = [], [0, *sorted(cuts), arguments["q"].shape[1]]
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        tokens = {name: arguments[name] if arguments[name] is None else arguments[name][:, start:stop] for name in ("q", "k", "v", "valid")}
+        tokens = {
+            name: arguments[name] if arguments[name] is None else arguments[name][:, start:stop]
+            for name in ("q", "k", "v", "valid")
+        }
         o, *state = form(**arguments | tokens)
         outs.append(o)
         arguments = arguments | dict(zip(STATE, state, strict=True))
@@ -67,7 +71,10 @@ def test_prefill_and_steps_equal_the_full_call(batch, length, heads, window, sin
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_for_the_real_tokens(side):
     arguments = case(1, 30, window=8, sinks=2)
-    wide = {name: torch.nn.functional.pad(arguments[name], (0, 0, 0, 0, *((7, 0) if side == "left" else (0, 7)))) for name in "qkv"}
+    wide = {
+        name: torch.nn.functional.pad(arguments[name], (0, 0, 0, 0, *((7, 0) if side == "left" else (0, 7))))
+        for name in "qkv"
+    }
     wide["valid"] = torch.ones(1, 37, dtype=torch.bool)
     real = slice(7, None) if side == "left" else slice(0, 30)
     wide["valid"][:] = False
@@ -131,8 +138,18 @@ def test_other_axes_compose_over_calls(spec, decay, beta):
     wanted = recurrence_reference(**arguments)
     close(recurrence(**arguments), wanted)
     if spec.get("causal", True):
-        first = {name: value[:, :11] if name in ("q", "k", "v", "decay", "beta") and value is not None and value.dim() > 1 else value for name, value in arguments.items()}
-        rest = {name: value[:, 11:] if name in ("q", "k", "v", "decay", "beta") and value is not None and value.dim() > 1 else value for name, value in arguments.items()}
+        first = {
+            name: value[:, :11]
+            if name in ("q", "k", "v", "decay", "beta") and value is not None and value.dim() > 1
+            else value
+            for name, value in arguments.items()
+        }
+        rest = {
+            name: value[:, 11:]
+            if name in ("q", "k", "v", "decay", "beta") and value is not None and value.dim() > 1
+            else value
+            for name, value in arguments.items()
+        }
         o, *state = recurrence(**first)
         o_rest, *state = recurrence(**rest | dict(zip(STATE, state, strict=True)))
         close([torch.cat([o, o_rest], 1), *state], wanted)
@@ -140,7 +157,12 @@ def test_other_axes_compose_over_calls(spec, decay, beta):
 
 def test_delta_rule_stores_orthonormal_keys_exactly():
     arguments = case(1, 4, 1, 1, 4, 3, feature_map=("x",), update="delta", normaliser="none", scale=1.0)
-    arguments |= {"feature_q": [], "feature_k": [], "window_gate": None, "beta": torch.ones(1, 4, 1, dtype=torch.float64)}
+    arguments |= {
+        "feature_q": [],
+        "feature_k": [],
+        "window_gate": None,
+        "beta": torch.ones(1, 4, 1, dtype=torch.float64),
+    }
     arguments["k"] = torch.eye(4, dtype=torch.float64)[None, :, None]
     _, state, *_ = recurrence(**arguments)
     torch.testing.assert_close(state[0, 0, :, :3], arguments["v"][0, :, 0])
@@ -149,7 +171,14 @@ def test_delta_rule_stores_orthonormal_keys_exactly():
 def test_long_half_precision_input_keeps_its_denominator(monkeypatch):
     arguments = case(1, 3000, 2, 1, 8, 8, 8, window=16, sinks=2)
     wanted = recurrence(**arguments)[0]
-    half = {name: [x.bfloat16() for x in value] if isinstance(value, list) else value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    half = {
+        name: [x.bfloat16() for x in value]
+        if isinstance(value, list)
+        else value.bfloat16()
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
     o, state, *_ = recurrence(**half)
     assert state.dtype == torch.float32
     error = (o.double() - wanted).norm() / wanted.norm()

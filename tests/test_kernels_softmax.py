@@ -4,9 +4,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from subquad.kernels import SoftmaxSpec, merge, merge_all, softmax_attention, softmax_attention_reference, softmax_attention_torch
 
-MASKS = [None, "q >= kv", "(q >= kv) & (q - kv < 5)", "(q >= kv) & ((q - kv < 3) | (kv < 2))", "t0[b, kv] & (q >= kv)", "q > kv + h", "kv % 2 == s0"]
+from subquad.kernels import (
+    SoftmaxSpec,
+    merge,
+    merge_all,
+    softmax_attention,
+    softmax_attention_reference,
+    softmax_attention_torch,
+)
+
+MASKS = [
+    None,
+    "q >= kv",
+    "(q >= kv) & (q - kv < 5)",
+    "(q >= kv) & ((q - kv < 3) | (kv < 2))",
+    "t0[b, kv] & (q >= kv)",
+    "q > kv + h",
+    "kv % 2 == s0",
+]
 
 
 def case(batch=2, q_len=5, lens=(7,), heads=4, kv_heads=2, width=8, value=8, dtype=torch.float64, seed=0, **spec):
@@ -36,7 +52,9 @@ def compare(arguments, tolerance=1e-12):
     st.sampled_from([(8, 8), (5, 7)]), st.sampled_from(MASKS), st.sampled_from([None, 2.0]), st.sampled_from(["zero", "mean", "nan"]),
     st.booleans(), st.booleans(), st.booleans(), st.integers(0, 9),
 )  # fmt: skip
-def test_every_form_equals_the_reference(batch, q_len, lens, heads, widths, mask, softcap, empty, sinks, bias, ragged, seed):
+def test_every_form_equals_the_reference(
+    batch, q_len, lens, heads, widths, mask, softcap, empty, sinks, bias, ragged, seed
+):
     arguments = case(batch, q_len, lens, *heads, *widths, seed=seed, mask=mask, softcap=softcap, empty_rows=empty)
     if sinks:
         arguments["sinks"] = torch.randn(heads[0], dtype=torch.float64)
@@ -101,7 +119,10 @@ def test_empty_rows(q_len):
 def test_merge_over_any_partition_is_the_whole(sizes, magnitude, seed):
     arguments = case(1, 3, [*sizes, 1], seed=seed, dtype=torch.float64)
     arguments["q"] *= magnitude
-    parts = [softmax_attention(**arguments | {"k": [k], "v": [v]}) for k, v in zip(arguments["k"], arguments["v"], strict=True)]
+    parts = [
+        softmax_attention(**arguments | {"k": [k], "v": [v]})
+        for k, v in zip(arguments["k"], arguments["v"], strict=True)
+    ]
     whole, whole_lse = softmax_attention_reference(**arguments)
     o, lse = merge_all([p[0] for p in parts], [p[1] for p in parts])
     torch.testing.assert_close(o, whole, rtol=1e-9, atol=1e-12)
