@@ -45,7 +45,7 @@ test-all: lint
 	@$(BIN)/python -m pytest -q -m "not gpu"
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python -P $$script; done
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
