@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,6 +15,10 @@ from rich.table import Table
 
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Measurement, Report
+
+if TYPE_CHECKING:
+    from subquad.demonstration import Stage
+    from subquad.speed import Comparison
 
 
 def console() -> Console:
@@ -143,3 +147,33 @@ def shorten(paths: Sequence[str]) -> str:
             parts = iter(text if n == varying[0] else found for n, found in enumerate(numbers[0]))
             return re.sub(r"\d+", lambda _: next(parts), paths[0])
     return ", ".join(paths[:4]) + (f", … {len(paths) - 4} more" if len(paths) > 4 else "")
+
+
+def print_figures(comparison: Comparison) -> None:
+    """Figures of a comparison as ratios, the machine named."""
+    rows = [[f.what, f"{f.original:.4g} {f.unit}", f"{f.rewritten:.4g} {f.unit}", f"{f.ratio:.2f}×"] for f in comparison.figures]
+    title = f"{comparison.machine}; median of {comparison.pairs}"
+    print_table(title, ["what", "#original", "#rewritten", "#faster by"], rows)
+    for note in comparison.notes:
+        console().print(f"note: {note}", markup=False)
+
+
+def print_stage(stage: Stage) -> None:
+    """One stage of the demonstration."""
+    out = console()
+    out.print(f"\n[bold]{escape(stage.name)}[/bold]: {escape(stage.title)} ({stage.seconds:.1f} s)", highlight=False)
+    if stage.report is not None:
+        if stage.name == "inspect":
+            print_sites(stage.report)
+            print_refusals("Refused", stage.report.refusals)
+        if stage.report.applied and stage.name != "verify":
+            print_applied(stage.report)
+        if stage.name == "verify":
+            print_verification(stage.report.verification)
+    for name, text in stage.texts.items():
+        out.print(f"  {name}: {text.strip()}", markup=False, highlight=False)
+    rows = [[f.what, f"{f.original:.4g} {f.unit}", f"{f.rewritten:.4g} {f.unit}", f"{f.ratio:.2f}×"] for f in stage.figures]
+    print_table("", ["what", "#original", "#rewritten", "#faster by"], rows)
+    for name, fact in stage.facts.items():
+        if fact not in (None, [], ""):
+            out.print(f"  {name}: {fact}", markup=False, highlight=False)

@@ -12,12 +12,13 @@ from torch import nn
 
 from subquad.application import rewritten
 from subquad.checkpoint_files import check_weights
+from subquad.decoder_file import read_decoder, write_decoder
 from subquad.emission import PARAMETERS
 from subquad.environment import versions
 from subquad.fingerprint import fingerprint
 from subquad.huggingface_files import write_codec, write_config, write_weights
+from subquad.incremental import Decoder
 from subquad.ir.errors import ArtifactError, PlanError, SubquadError
-from subquad.ir.plan import Plan
 from subquad.model_source import LoadedModel, open_model, remember_source, source_note
 from subquad.pipeline import rewrite
 from subquad.plan_file import read_plan
@@ -77,12 +78,16 @@ def _write(model: nn.Module, directory: Path) -> None:
     record = rewritten(model)
     assert record is not None
     source = source_note(model)
-    write_weights(model, directory / WEIGHTS)
+    stored = write_weights(model, directory / WEIGHTS)
     (directory / PLAN).write_text(record.plan.to_json(), encoding="utf-8")
     huggingface = hasattr(model, "config") and hasattr(model.config, "to_json_file")
     if huggingface:
         write_config(model, directory)
         _write_tokenizer(source, model, directory)
+        if not hasattr(model, "can_generate") or model.can_generate():
+            why = write_decoder(record, model, directory, stored)
+            if why is not None:
+                record.report.notes.append(f"no decoder was stored: {why}")
     else:
         from safetensors.torch import save_file
 
@@ -223,7 +228,13 @@ def _fill(fast: nn.Module, directory: Path, own: bool) -> None:
             tensor.copy_(value)
 
 
-def manifest_plan(directory: Path) -> Plan:
-    """The plan of a saved directory."""
-    read_manifest(directory)
-    return read_plan(directory / PLAN)
+def stored_decoder(directory: Path) -> Decoder | None:
+    """The decoder that `save` derived, None when there is none for this version of torch.
+
+    Raises ArtifactError when the directory is not whole.
+    """
+    plan_hash = str(read_manifest(directory)["plan_hash"])
+    if not (directory / WEIGHTS).is_file():
+        raise ArtifactError(f"{directory} lacks {WEIGHTS}; save the model again.")
+    check_weights(directory / WEIGHTS)
+    return read_decoder(directory, directory / WEIGHTS, plan_hash)

@@ -11,33 +11,39 @@ import torch
 from subquad.tokenization import TextCodec
 
 
-def write_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write every parameter and persistent buffer to one safetensors file, tied tensors once, under their first name."""
+def write_weights(model: torch.nn.Module, path: Path) -> set[str]:
+    """Write every parameter and persistent buffer to one safetensors file; returns the names written.
+
+    Tied tensors are written once, under their first name.
+    """
     from safetensors.torch import save_file
 
+    state = untied_state(model)
     path.touch()
     mode = path.stat().st_mode
-    save_file(untied_state(model), str(path), metadata={"format": "pt"})
+    save_file(state, str(path), metadata={"format": "pt"})
     path.chmod(mode)
+    return set(state)
 
 
 def untied_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without repetitions: of tensors that are the same object, only the first name is kept.
+    """The state dict without repetitions: of tensors that are the same memory, only the first name is kept.
 
-    Tensors that share storage in part (views of one packed weight) are copied, since safetensors stores no overlap.
+    Tensors whose memory overlaps another's in part are copied, since safetensors stores no overlap; disjoint views of one
+    storage are not.
     """
     kept: dict[str, torch.Tensor] = {}
-    same: set[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = set()
-    storages: set[int] = set()
+    spans: dict[int, list[tuple[int, int, torch.Tensor]]] = {}
     for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
-        if tensor.numel() and identity in same:
-            continue
-        same.add(identity)
-        overlaps = tensor.untyped_storage().data_ptr() in storages
-        storages.add(tensor.untyped_storage().data_ptr())
         value = tensor.detach().to("cpu")
-        kept[name] = value.clone() if overlaps else value.contiguous()
+        first = value.storage_offset() * value.element_size()
+        last = first + value.numel() * value.element_size()
+        known = spans.setdefault(value.untyped_storage().data_ptr(), [])
+        if value.numel() and any(t.shape == value.shape and t.stride() == value.stride() and (a, b) == (first, last) for a, b, t in known):
+            continue
+        overlaps = not value.is_contiguous() or any(first < b and a < last for a, b, _ in known)
+        known.append((first, last, value))
+        kept[name] = value.clone(memory_format=torch.contiguous_format) if overlaps else value
     return kept
 
 
