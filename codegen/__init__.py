@@ -1,1 +1,10 @@
 """From a KernelSpec to Triton source, to a built and cached callable, and to binaries made ahead of time."""
+
+from subquad.codegen.building import SHARED_LIMITS, BuildReport, build
+from subquad.codegen.launch import provider
+from subquad.codegen.source import emit
+from subquad.kernels import provide
+
+provide(provider)
+
+__all__ = ["SHARED_LIMITS", "BuildReport", "build", "emit"]

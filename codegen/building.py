@@ -1,0 +1,96 @@
+"""Compiles an emitted kernel ahead of time for a GPU that need not be there, and reports what it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subquad.codegen.cache import load, store
+from subquad.codegen.source import arguments, emit
+from subquad.ir.kernel_spec import KernelSpec
+
+SHARED_LIMITS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
+"""Shared memory (LDS) a block may use on each known target, in bytes."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build made: the binary beside its source, shared memory, registers and spills (None where no tool tells), seconds."""
+
+    path: Path
+    shared_bytes: int
+    registers: int | None
+    spills: int | None
+    seconds: float
+    limit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """True if the target has the shared memory the kernel needs."""
+        return self.shared_bytes <= self.limit_bytes
+
+
+def build(kernel_spec: KernelSpec, target: str | None = None) -> BuildReport:
+    """Compile for `target` ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"; default: the spec's own) without a GPU.
+
+    Raises ValueError for an unknown target, and RuntimeError where triton is missing or its interpreter is on.
+    """
+    target = target or kernel_spec.target
+    if target not in SHARED_LIMITS:
+        raise ValueError(f"The target {target!r} is unknown; choose one of {', '.join(SHARED_LIMITS)}.")
+    kernel_spec = dataclasses.replace(kernel_spec, target=target)
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError:
+        raise RuntimeError("Building kernels needs triton, which is not installed; pip install triton.") from None
+    path = store(emit(kernel_spec), kernel_spec.op)
+    function = load(path).kernel
+    if not isinstance(function, triton.runtime.JITFunction):
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, which replaces the compiler; unset it to build kernels ahead of time."
+        )
+    signature = dict(arguments(kernel_spec))
+    attributes = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    backend, _, architecture = target.partition(":")
+    gpu = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
+    options = {"num_warps": kernel_spec.num_warps, "num_stages": kernel_spec.num_stages, "enable_fp_fusion": True}
+    begin = time.perf_counter()
+    compiled = triton.compile(
+        ASTSource(function, signature=signature, constexprs={}, attrs=attributes), target=gpu, options=options
+    )
+    seconds = time.perf_counter() - begin
+    kind = "cubin" if backend == "cuda" else "hsaco"
+    binary = path.with_suffix(f".{target.replace(':', '_')}.{kernel_spec.hash[:8]}.{kind}")
+    temporary = binary.with_suffix(".partial")
+    temporary.write_bytes(compiled.asm[kind])
+    temporary.replace(binary)
+    registers, spills = _cuda_usage(binary) if backend == "cuda" else _hip_usage(compiled.asm)
+    return BuildReport(binary, compiled.metadata.shared, registers, spills, seconds, SHARED_LIMITS[target])
+
+
+def _cuda_usage(binary: Path) -> tuple[int | None, int | None]:
+    """(registers, bytes of local memory) as the cuobjdump bundled with triton tells."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None, None
+    done = subprocess.run([str(tool), "-res-usage", str(binary)], capture_output=True, text=True, check=False)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", done.stdout + done.stderr)
+    return (int(found[1]), int(found[2]) + int(found[3])) if found else (None, None)
+
+
+def _hip_usage(assembly: dict[str, Any]) -> tuple[int | None, int | None]:
+    """(vector registers, spilled vector registers) from the kernel's metadata in the assembly text."""
+    text = assembly.get("amdgcn", "")
+    registers, spills = re.search(r"\.vgpr_count:\s*(\d+)", text), re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    return int(registers[1]) if registers else None, int(spills[1]) if spills else None
