@@ -1,0 +1,327 @@
+"""Derive the stateful step graph of a decoder from a stateless captured graph."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+from subquad.ir.graph import ancestors, hang, value_of
+from subquad.ir.graph import attribute as attribute_of
+from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
+from subquad.locality import Locality, operator_arguments, prove_locality, refuse
+from subquad.runtime.step_graph import STREAM, SiteState, StepGraph
+
+Node = torch.fx.Node
+RECURRENT = ("state", "window_k", "window_v", "seen")
+
+
+def derive(module: torch.fx.GraphModule) -> StepGraph:
+    """Derive prefill and step from an ATen graph f(token ids [B, T], padding [B, T], ...) -> (logits [B, T, V], ...).
+
+    Every attention site must be a subquad operator.  The parameters stay the module's own objects.
+    Raises NotIncremental naming the node, module path and source line when the graph cannot be run token by token.
+    """
+    proof = prove_locality(module)
+    nodes = list(module.graph.nodes)
+    logits = _logits(nodes, proof)
+    live = set(ancestors([logits]))
+    sites = [n for n in nodes if n in live and _is_site(n)]
+    for node in sites:
+        _check_causal(node, proof)
+    tables = _tables(sites, proof)
+    sums = [n for n in proof.history if n in live]
+    history = _history(module, proof, tables, sums)
+    parts = [_build(module, proof, logits, live, sites, tables, sums, first) for first in (False, True)]
+    return StepGraph(
+        parts[0], parts[1], history, tuple(str(n.target) for n in proof.inputs), tuple(_site_state(n) for n in sites),
+        len(tables), tuple(proof.axes[n].axis for n in sums), _limit(module, proof, live),
+    )  # fmt: skip
+
+
+def _is_site(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "subquad"
+
+
+def _logits(nodes: list[Node], proof: Locality) -> Node:
+    output = nodes[-1]
+    leaves = [n for n in torch.utils._pytree.tree_leaves(output.args) if isinstance(n, Node)]
+    for leaf in leaves:
+        value = value_of(leaf)
+        axis = proof.axes.get(leaf)
+        if isinstance(value, torch.Tensor) and value.dim() == 3 and axis is not None and axis.axis == 1:
+            return leaf
+    refuse(leaves[0] if leaves else output, "the model returns no logits [batch, tokens, vocabulary].")
+    raise AssertionError
+
+
+def _check_causal(node: Node, proof: Locality) -> None:
+    named = operator_arguments(node)
+    if node.target is torch.ops.subquad.recurrence.default:
+        if not RecurrenceSpec.parse(named["spec"]).causal or named.get("cu_seqlens") is not None:
+            refuse(node, "the recurrence is bidirectional or packed; only a causal one can be run token by token.")
+        return
+    spec = SoftmaxSpec.parse(named["spec"])
+    if spec.mask is None or not implies_causal(spec.mask):
+        refuse(node, f"its mask ({spec.mask or 'full'}) lets a token see later ones, so the past would change with every new token.")
+    if named.get("bias") is not None:
+        refuse(node, "an additive bias over queries and keys is not carried from step to step; only mask predicates are.")
+    if any(isinstance(n, Node) and proof.depends_on_length(value_of(n)) for n in named["scalars"]):
+        refuse(node, "its mask depends on the total length, which changes with every new token.")
+    for table in named["operands"]:
+        if table not in proof.closed:
+            refuse(node, "its mask reads values that the network computes.")
+
+
+def implies_causal(mask: str) -> bool:
+    """True when some conjunct of the predicate is a linear comparison that implies kv <= q."""
+    tree = ast.parse(mask, mode="eval").body
+    return any(_is_causal(term) for term in _conjuncts(tree))
+
+
+def _conjuncts(tree: ast.expr) -> list[ast.expr]:
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitAnd):
+        return _conjuncts(tree.left) + _conjuncts(tree.right)
+    return [tree]
+
+
+def _is_causal(term: ast.expr) -> bool:
+    """a·q + b·kv + c >= 0 with a = -b > 0 and c <= 0 (or c < a for integers) says q - kv >= 0."""
+    if not isinstance(term, ast.Compare) or len(term.ops) != 1:
+        return False
+    left, right = _linear(term.left), _linear(term.comparators[0])
+    if left is None or right is None:
+        return False
+    a, b, c = (x - y for x, y in zip(left, right, strict=True))
+    if isinstance(term.ops[0], (ast.LtE, ast.Lt)):
+        a, b, c = -a, -b, -c
+    if isinstance(term.ops[0], (ast.Lt, ast.Gt)):
+        c -= 1
+    elif not isinstance(term.ops[0], (ast.LtE, ast.GtE)):
+        return False
+    return a > 0 and a == -b and c < a
+
+
+def _linear(tree: ast.expr) -> tuple[int, int, int] | None:
+    """Coefficients of q and kv, and the constant."""
+    if isinstance(tree, ast.Name):
+        return {"q": (1, 0, 0), "kv": (0, 1, 0)}.get(tree.id)
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+        return 0, 0, tree.value
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        inner = _linear(tree.operand)
+        return None if inner is None else (-inner[0], -inner[1], -inner[2])
+    if isinstance(tree, ast.BinOp):
+        left, right = _linear(tree.left), _linear(tree.right)
+        if left is None or right is None:
+            return None
+        if isinstance(tree.op, (ast.Add, ast.Sub)):
+            sign = 1 if isinstance(tree.op, ast.Add) else -1
+            return left[0] + sign * right[0], left[1] + sign * right[1], left[2] + sign * right[2]
+        if isinstance(tree.op, ast.Mult) and (left[:2] == (0, 0) or right[:2] == (0, 0)):
+            factor, other = (left[2], right) if left[:2] == (0, 0) else (right[2], left)
+            return factor * other[0], factor * other[1], factor * other[2]
+    return None
+
+
+def _tables(sites: list[Node], proof: Locality) -> list[Node]:
+    """Mask tables with a token axis: they are read over the whole history."""
+    found: dict[Node, None] = {}
+    for node in sites:
+        for table in operator_arguments(node).get("operands", []):
+            if table in proof.axes:
+                found[table] = None
+    return list(found)
+
+
+def _history(
+    module: torch.fx.GraphModule, proof: Locality, tables: list[Node], sums: list[Node]
+) -> torch.fx.GraphModule | None:
+    wanted = [*tables, *sums]
+    if not wanted:
+        return None
+    graph = torch.fx.Graph()
+    mapping: dict[Node, Node] = {}
+    for node in proof.inputs:
+        mapping[node] = graph.placeholder(str(node.target))
+    for node in ancestors(wanted):
+        if node not in mapping:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    graph.output(tuple(mapping[n] for n in wanted))
+    return _module(module, graph)
+
+
+def _module(source: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    holder = torch.nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            hang(holder, str(node.target), attribute_of(source, str(node.target)))
+    return torch.fx.GraphModule(holder, graph)
+
+
+def _site_state(node: Node) -> SiteState:
+    named = operator_arguments(node)
+    key = value_of(named["k"][0] if isinstance(named["k"], (list, tuple)) else named["k"])
+    value = value_of(named["v"][0] if isinstance(named["v"], (list, tuple)) else named["v"])
+    sizes = {"dtype": key.dtype, "kv_heads": int(key.shape[2]), "key_dim": int(key.shape[3]), "value_dim": int(value.shape[3])}
+    if node.target is torch.ops.subquad.softmax_attention.default:
+        return SiteState("kv", **sizes)
+    spec = RecurrenceSpec.parse(named["spec"])
+    state = value_of(node)[1]
+    return SiteState(
+        "recurrent", heads=int(state.shape[1]), features=int(state.shape[2]), window=spec.sinks + spec.window, **sizes
+    )
+
+
+def _build(
+    module: torch.fx.GraphModule, proof: Locality, logits: Node, live: set[Node], sites: list[Node], tables: list[Node],
+    sums: list[Node], first: bool,
+) -> torch.fx.GraphModule:  # fmt: skip
+    """The step graph; `first` when nothing came before."""
+    graph = torch.fx.Graph()
+    mapping: dict[Node, Node] = {n: graph.placeholder(str(n.target)) for n in proof.inputs}
+    ids = next(iter(mapping.values()))
+    columns, slots = graph.placeholder("columns"), graph.placeholder("slots")
+    table_nodes = {t: graph.placeholder(f"table_{n}") for n, t in enumerate(tables)}
+    for n, node in enumerate(sums):
+        mapping[node] = graph.placeholder(f"past_{n}")
+    states: list[list[Node]] = []
+    for n, site in enumerate(sites):
+        names = ("k", "v") if site.target is torch.ops.subquad.softmax_attention.default else RECURRENT
+        states.append([graph.placeholder(f"{name}_{n}") for name in names])
+    batch = graph.call_function(torch.ops.aten.sym_size.int, (ids, 0))
+    width = graph.call_function(torch.ops.aten.sym_size.int, (ids, 1))
+    length = graph.call_function(torch.ops.aten.sym_size.int, (slots, 0))
+    batch_symbols = set().union(*(_symbols(value_of(n).shape[0]) for n in proof.inputs))
+    fresh: list[Node] = []
+    for node in module.graph.nodes:
+        if node not in live or node in mapping:
+            continue
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and value.node.expr in proof.tokens:
+            mapping[node] = width
+        elif isinstance(value, torch.SymInt) and value.node.expr in batch_symbols:
+            mapping[node] = batch
+        elif node in sites:
+            n = sites.index(node)
+            mapping[node] = _site(graph, node, mapping, table_nodes, states[n], (columns, batch, width, length), first)
+            if len(states[n]) == 4:
+                fresh += [graph.call_function(operator.getitem, (mapping[node], i)) for i in range(1, 5)]
+        elif _name(node) == "arange" and node in proof.axes:
+            mapping[node] = _positions(graph, node, columns)
+        elif _name(node) == "slice" and node in proof.axes and node.args[0] not in proof.axes:
+            mapping[node] = _table_rows(graph, node, mapping, columns)
+        elif _is_identity(node):
+            mapping[node] = mapping[node.args[0]]
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = {}
+            if node.target is torch.ops.aten.view.default:
+                mapping[node].target = torch.ops.aten.reshape.default
+        if _is_stream(node, proof, batch_symbols):
+            mapping[node].meta[STREAM] = True
+    graph.output((mapping[logits], *fresh))
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _name(n) == "index_copy_")
+    return _module(module, graph)
+
+
+def _is_identity(node: Node) -> bool:
+    """A cast to the dtype a value has, or a slice that keeps everything."""
+    if _name(node) not in ("to", "slice"):
+        return False
+    value, source = value_of(node), value_of(node.args[0])
+    return bool(value.dtype == source.dtype and value.device == source.device and value.shape == source.shape)
+
+
+def _symbols(size: Any) -> set[Any]:
+    return {size.node.expr} if isinstance(size, torch.SymInt) else set()
+
+
+def _is_stream(node: Node, proof: Locality, batch_symbols: set[Any]) -> bool:
+    value, axis = value_of(node), proof.axes.get(node)
+    if not isinstance(value, torch.Tensor) or axis is None or not value.is_floating_point():
+        return False
+    plain = axis.axis == 1 and axis.outer == 1 and axis.inner == 1 and value.dim() >= 3
+    return plain and bool(_symbols(value.shape[0]) & batch_symbols)
+
+
+def _site(
+    graph: torch.fx.Graph, node: Node, mapping: dict[Node, Node], tables: dict[Node, Node], state: list[Node],
+    sizes: tuple[Node, Node, Node, Node], first: bool,
+) -> Node:  # fmt: skip
+    columns, batch, width, length = sizes
+    over_history = tables if len(state) == 2 else {}
+    named = dict(torch.fx.node.map_arg(operator_arguments(node), lambda n: over_history.get(n, mapping.get(n))))
+    if len(state) == 4:
+        named |= dict(zip(RECURRENT, state, strict=True))
+        return graph.call_function(node.target, tuple(named[a.name] for a in node.target._schema.arguments))  # type: ignore[union-attr]
+    new = (named["k"][0], named["v"][0])
+    for buffer, value, name in zip(state, new, ("k", "v"), strict=True):
+        written = graph.call_function(torch.ops.aten.index_copy_.default, (buffer, 1, columns, value))
+        if not first:
+            named[name] = [graph.call_function(torch.ops.aten.slice.Tensor, (written, 1, 0, length))]
+    if not first:
+        row = graph.call_function(torch.ops.aten.unsqueeze.default, (columns, 0))
+        named["q_positions"] = graph.call_function(torch.ops.aten.expand.default, (row, [batch, width]))
+    return graph.call_function(node.target, tuple(named[a.name] for a in node.target._schema.arguments))  # type: ignore[union-attr]
+
+
+def _positions(graph: torch.fx.Graph, node: Node, columns: Node) -> Node:
+    """arange(start, end, step) over the tokens, at the columns of this call."""
+    named = operator_arguments(node)
+    value = value_of(node)
+    out = columns
+    if named.get("step", 1) != 1:
+        out = graph.call_function(torch.ops.aten.mul.Tensor, (out, named["step"]))
+    if named.get("start", 0):
+        out = graph.call_function(torch.ops.aten.add.Tensor, (out, named["start"]))
+    if value.dtype != torch.int64:
+        out = graph.call_function(torch.ops.aten.to.dtype, (out, value.dtype))
+    return out
+
+
+def _table_rows(graph: torch.fx.Graph, node: Node, mapping: dict[Node, Node], columns: Node) -> Node:
+    """table[start : start + T] along one axis, at the columns of this call."""
+    named = operator_arguments(node)
+    start = named.get("start") or 0
+    place = columns if start == 0 else graph.call_function(torch.ops.aten.add.Tensor, (columns, start))
+    return graph.call_function(torch.ops.aten.index_select.default, (mapping[node.args[0]], named.get("dim", 0), place))
+
+
+def _limit(module: torch.fx.GraphModule, proof: Locality, live: set[Node]) -> int | None:
+    """Rows of the smallest position table that is read at the token's own column."""
+    found: list[int] = []
+    for node in module.graph.nodes:
+        if node not in live:
+            continue
+        if _name(node) == "embedding" and node.args[0].op == "get_attr":
+            offset = _column_offset(node.args[1])
+            if offset is not None:
+                found.append(int(value_of(node.args[0]).shape[0]) - offset)
+        elif _name(node) == "slice" and node in proof.axes and node.args[0] not in proof.axes:
+            named = operator_arguments(node)
+            found.append(int(value_of(node.args[0]).shape[named.get("dim", 0)]) - (named.get("start") or 0))
+    return min(found, default=None)
+
+
+def _column_offset(node: Any) -> int | None:
+    offset = 0
+    while isinstance(node, Node) and _name(node) != "arange":
+        if _name(node) == "add" and isinstance(node.args[1], int):
+            offset += node.args[1]
+        elif _name(node) not in ("unsqueeze", "expand", "to", "view", "slice", "contiguous", "clone", "alias"):
+            return None
+        node = node.args[0]
+    if not isinstance(node, Node):
+        return None
+    start = operator_arguments(node).get("start", 0)
+    return offset + start if isinstance(start, int) else None
+
+
+def _name(node: Any) -> str:
+    if isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.partition("::")[2])
+    return ""

@@ -1,0 +1,61 @@
+"""Rewrite a step graph for one row and one token: projections and attention in their one-token forms."""
+
+from __future__ import annotations
+
+import ast
+
+import torch
+import torch.fx
+
+from subquad.kernels.spec import SoftmaxSpec
+from subquad.locality import operator_arguments
+from subquad.runtime import one_token
+
+Node = torch.fx.Node
+
+
+def one_token_graph(step: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of a step graph that computes the same for B = w = 1; masks are evaluated once, not once a layer."""
+    graph = torch.fx.Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(step.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    masks: dict[tuple[object, ...], Node] = {}
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.linear.default:
+            node.target = one_token.product_sum
+        elif node.target is torch.ops.subquad.recurrence.default:
+            node.target = one_token.recur
+        elif node.target is torch.ops.subquad.softmax_attention.default:
+            _attention(graph, node, inputs, masks)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default)
+    return torch.fx.GraphModule(step, graph)
+
+
+def _attention(graph: torch.fx.Graph, node: Node, inputs: dict[str, Node], masks: dict[tuple[object, ...], Node]) -> None:
+    """The one-token form, unless the mask differs by head or the log-sum-exp is read: then the operator stays."""
+    named = operator_arguments(node)
+    mask = SoftmaxSpec.parse(named["spec"]).mask
+    if mask is None or _reads_head(mask) or any(user.args[1] != 0 for user in node.users):
+        return
+    key = (mask, *named["operands"], *named["scalars"])
+    with graph.inserting_before(node):
+        if key not in masks:
+            masks[key] = graph.call_function(
+                one_token.visible_keys, (inputs["columns"], inputs["slots"], named["operands"], named["scalars"], mask)
+            )
+        out = graph.call_function(
+            one_token.attend, (named["q"], named["k"][0], named["v"][0], masks[key], named["sinks"], named["spec"])
+        )
+    for user in list(node.users):
+        out.meta.update(user.meta)
+        user.replace_all_uses_with(out)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _reads_head(mask: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == "h" for n in ast.walk(ast.parse(mask)))
