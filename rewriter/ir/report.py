@@ -46,7 +46,7 @@ class Report:
 
     sites, loops, prefixes, refusals: what was found.  applied: "path: pass" per replaced site.  refused: sites a pass did
     not admit.  rolled_back: rewrites undone because they broke their contract.  verification: measured errors.
-    seconds: wall time by stage.
+    seconds: wall time by stage.  conversion: perplexity and KL to the original before and after each stage of training.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -60,6 +60,7 @@ class Report:
     verification: list[Measurement] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    conversion: list[dict[str, Any]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Report:
         """Copies of a module share the account of how it came to be."""
@@ -84,4 +85,5 @@ class Report:
             "verification": [measurement.json() for measurement in self.verification],
             "seconds": {key: round(value, 4) for key, value in self.seconds.items()},
             "notes": list(self.notes),
+            "conversion": list(self.conversion),
         }
