@@ -171,12 +171,12 @@ def source(spec: KernelSpec) -> str:
     pads = [_pad(width) for width in widths]
     total = sum(widths)
     value_block = min(_pad(spec.value_dim), 64)
-    prepare, read, write, store = [], [], [], []
+    weights, prepare, read, write, store = [], [], [], [], []
     for index in range(weight_count(what)):
         columns = f"tl.arange(0, {_pad(spec.feature_dim)})"
-        prepare.append(f"weight_columns{index} = {columns}")
+        weights.append(f"weight_columns{index} = {columns}")
         for side, suffix in (("q", "_q"), ("k", "_k")):
-            prepare.append(
+            weights.append(
                 f"w{index}{suffix} = tl.load(w{index}_{side}_ptr + (h * {spec.key_dim} + key_columns)[:, None] * {spec.feature_dim}"
                 f" + weight_columns{index}[None, :], mask=(key_columns < {spec.key_dim})[:, None]"
                 f" & (weight_columns{index} < {spec.feature_dim})[None, :], other=0.0)"
@@ -225,7 +225,7 @@ def source(spec: KernelSpec) -> str:
         helpers=HELPERS + (_ABSORB.substitute(sizes) if what.window else ""),
         unspecialised=repr([name for name, kind in listed if not kind.startswith("*")]),
         arguments=", ".join(name for name, _ in listed) + ",",
-        prepare=_indent(prepare, 4), features=_indent(q_lines + k_lines, 8), read=_indent(read, 8), write=_indent(write, 8),
+        prepare=_indent(prepare, 4), features=_indent(weights + q_lines + k_lines, 8), read=_indent(read, 8), write=_indent(write, 8),
         window_part=_indent(window_part.splitlines(), 8), store=_indent(store, 4),
     )  # fmt: skip
     return "\n".join(line for line in text.splitlines() if line.strip() or not line.startswith(" ")) + "\n"
