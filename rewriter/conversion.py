@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,20 @@ def convert(
     out: str | Path,
     tokenizer: Any = None,
     overwrite: bool = False,
+    measure_on: Sequence[str | Path] = (),
     settings: Settings | None = None,
 ) -> nn.Module:
     """Train an approximately rewritten language model on a text, save it to `out`, and return it.
 
     fast: what `rewrite` or `load` returned, with at least one rewrite that added parameters.  text: a UTF-8 file, plain or
     .gz.  tokens: budget over both stages.  out: directory to make.  tokenizer: a tokenizers.Tokenizer, or a function from
-    str to ids; None takes the one the model came with.  settings: everything else; see Settings.
+    str to ids; None takes the one the model came with.  measure_on: files to measure on; without any, the tokens that
+    follow the training text are held out for it.  settings: everything else; see Settings.
 
     Stage 1, attention transfer: each site learns the original's output on the original's inputs.  Stage 2: peft adapters on
     the linear layers of the rewritten modules and the added parameters learn end to end; then the adapters are merged into
-    the weights, and saved beside them in `adapter/`.  Perplexity and KL to the original on the tokens after the training
-    text, before and after each stage, are in `report.conversion` and in conversion.json.
+    the weights, and saved beside them in `adapter/`.  Perplexity and KL to the original, before and after each stage, are
+    in `report.conversion` and in conversion.json.
 
     The state is kept in `<out>.unfinished` until the end: the same call goes on after a kill or Ctrl-C, with the same
     result.  Raises ConversionError (also after Ctrl-C) or ArtifactError; then `fast` is as it was.
@@ -61,14 +64,17 @@ def convert(
     record = rewritten(fast)
     if record is None:
         raise ConversionError(f"{type(fast).__name__} was not rewritten; apply an approximate pass first, then convert.")
-    note = source_note(fast)
-    corpus = read_corpus(
-        text, tokenizer if tokenizer is not None else note and note.codec, settings.used_tokens, settings.held_out
-    )
+    if tokenizer is None:
+        source = source_note(fast)
+        tokenizer = None if source is None else source.codec
+    corpus = read_corpus(text, tokenizer, settings.used_tokens, 0 if measure_on else settings.held_out)
     _check_ids(fast, corpus)
+    texts = {Path(text).name: corpus.held_out}
+    if measure_on:
+        texts = {Path(name).name: read_corpus(name, tokenizer, settings.length, settings.held_out).all for name in measure_on}
     checkpoint = Checkpoint(
         target.with_name(target.name + ".unfinished"),
-        settings.digest(corpus.digest, record.plan.hash, _weights_digest(fast)),
+        settings.digest(corpus.digest, record.plan.hash, _weights_digest(fast), *map(str, measure_on)),
     )
     stored = checkpoint.load()
     training = fast.training
@@ -82,8 +88,8 @@ def convert(
             parameter.requires_grad_(True)
     finished = False
     try:
-        records = _train(view, settings, corpus, checkpoint, stored)
-        _merge(view, settings, corpus, records)
+        records = _train(view, settings, corpus.training, texts, checkpoint, stored)
+        _merge(view, settings, texts, records)
         finished = True
     finally:
         view.close()
@@ -102,7 +108,7 @@ def convert(
 
 
 def _train(
-    view: TrainingModel, settings: Settings, corpus: Corpus, checkpoint: Checkpoint,
+    view: TrainingModel, settings: Settings, tokens: torch.Tensor, texts: dict[str, torch.Tensor], checkpoint: Checkpoint,
     stored: tuple[Progress, dict[str, torch.Tensor]] | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     state, tensors = stored if stored is not None else (Progress(), {})
@@ -110,14 +116,15 @@ def _train(
 
     def note(stage: str, used: int) -> None:
         if all(entry["stage"] != stage for entry in state.records):
-            measured = measure(view, corpus.held_out, settings.length, settings.rows)
-            state.records.append({"stage": stage, "tokens": used, "seconds": round(state.seconds, 1), **measured})
+            measured = {name: measure(view, ids, settings.length, settings.rows) for name, ids in texts.items()}
+            account = {"stage": stage, "tokens": used, "seconds": round(state.seconds, 1), "texts": measured}
+            state.records.append(account | next(iter(measured.values())))
 
     if state.stage == "start":
         note("before", 0)
     size = settings.transfer_rows * settings.length
     if state.stage in ("start", "transfer") and settings.transfer_batches:
-        transfer = AttentionTransfer(view, settings, corpus.training)
+        transfer = AttentionTransfer(view, settings, tokens)
         if state.stage == "transfer":
             transfer.load(tensors)
         session.run(
@@ -128,7 +135,7 @@ def _train(
         view.adapt(
             linear_layers(view.model, [site.path for site in view.sites]), settings.rank, settings.alpha, settings.seed
         )
-        adapting = AdapterTraining(view, settings, corpus.training)
+        adapting = AdapterTraining(view, settings, tokens)
         if state.stage == "adapters":
             adapting.load(tensors)
         session.run(
@@ -138,11 +145,13 @@ def _train(
     return state.records
 
 
-def _merge(view: TrainingModel, settings: Settings, corpus: Corpus, records: list[dict[str, Any]]) -> None:
+def _merge(
+    view: TrainingModel, settings: Settings, texts: dict[str, torch.Tensor], records: list[dict[str, Any]]
+) -> None:
     """Put the adapters into the weights and record what rounding them to the weights' dtype did."""
     if view.adapters is not None:
         view.merge()
-        merged = measure(view, corpus.held_out, settings.length, settings.rows)
+        merged = measure(view, next(iter(texts.values())), settings.length, settings.rows)
         records[-1]["merged_perplexity"] = merged["perplexity"]
 
 

@@ -84,7 +84,15 @@ def test_peft_reads_the_saved_adapter(tiny_llama: Path, text: Path, tmp_path: Pa
     from peft import PeftModel
 
     fast = rewritten(tiny_llama)
-    subquad.convert(fast, text=text, tokens=1024, out=tmp_path / "out", settings=SMALL)
+    other = _file(tmp_path / "other.txt", b"Quite another text. " * 40)
+    subquad.convert(
+        fast, text=text, tokens=1024, out=tmp_path / "out", settings=SMALL, measure_on=(other, text)
+    )
+    measured = fast.report.conversion[-1]["texts"]
+    assert list(measured) == ["other.txt", "words.txt"]
+    assert measured["other.txt"]["perplexity"] > measured["words.txt"]["perplexity"]
+    names = [entry["stage"] for entry in fast.report.conversion]
+    assert names == ["before", "transfer", "adapters"]
     original = PeftModel.from_pretrained(open_tiny(tiny_llama), str(tmp_path / "out" / "adapter")).merge_and_unload()
     want = fast.model.layers[1].self_attn.o_proj.weight
     torch.testing.assert_close(original.model.layers[1].self_attn.o_proj.weight, want, rtol=1e-5, atol=1e-6)

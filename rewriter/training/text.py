@@ -28,6 +28,11 @@ class Corpus:
     held_out: torch.Tensor
 
     @property
+    def all(self) -> torch.Tensor:
+        """All token ids in order."""
+        return torch.cat([self.training, self.held_out])
+
+    @property
     def digest(self) -> str:
         """A hash of all token ids."""
         return hashlib.sha256(self.training.numpy().tobytes() + self.held_out.numpy().tobytes()).hexdigest()[:16]
