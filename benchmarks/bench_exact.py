@@ -18,7 +18,9 @@ from subquad.verification import logits_rung, site_rungs
 
 def prompts(count: int) -> list[str]:
     """The first turns of evenly spaced rows of spec_bench_half.jsonl."""
-    rows = [json.loads(row) for row in (Path(os.environ["SUBQUAD_DATA"]) / "spec_bench_half.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(row) for row in (Path(os.environ["SUBQUAD_DATA"]) / "spec_bench_half.jsonl").read_text().splitlines()
+    ]
     step = len(rows) // count
     return [row["turns"][0] for row in rows[::step][:count]]
 
@@ -54,7 +56,9 @@ def tokens(fast: torch.nn.Module, tokenizer: object, texts: list[str], count: in
     same = 0
     for text in texts:
         chat = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
         options = {"max_new_tokens": count, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
             after = fast.generate(ids, **options)

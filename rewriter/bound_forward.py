@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from subquad.capture import Capture
+from subquad.capture import Capture, ProgramModule, ordered_inputs
 from subquad.graph_copy import copy_capture
 from subquad.ir.graph import attribute, hang
 
@@ -73,6 +73,8 @@ class BoundForward:
         return None
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str | None]:
+        if isinstance(self.root, ProgramModule):
+            return ordered_inputs(self.capture, args, kwargs), None
         try:
             bound = self.signature.bind(self.root, *args, **kwargs)
         except TypeError as error:

@@ -7,41 +7,19 @@ import inspect
 import io
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from subquad.captured import Capture, ProgramModule, ordered_inputs
 from subquad.ir.errors import CaptureError
-from subquad.ir.graph import attribute, hang
+from subquad.lifting import from_exported_program
+from subquad.traced_graph import from_symbolic_trace
 
-CONSTANTS = "_subquad_constants"
-
-
-@dataclass
-class Capture:
-    """A captured forward.
-
-    graph: GraphModule whose parameters and buffers are the root's own objects; placeholders are the tensor inputs.
-    root: the user's module (for a .pt2 program, a module tree made from its state).  inputs: placeholder names in order,
-    which are the forward's argument names.  constants: non-tensor arguments the graph was captured with.
-    out_spec: pytree of the original's output; the graph returns its leaves as a tuple.
-    dialect: "aten" (torch.export) or "torch" (Dynamo, symbolic_trace).  example: the tensors captured with.
-    """
-
-    graph: torch.fx.GraphModule
-    root: torch.nn.Module
-    inputs: tuple[str, ...]
-    dialect: str
-    example: dict[str, torch.Tensor]
-    constants: dict[str, Any] = field(default_factory=dict)
-    out_spec: pytree.TreeSpec | None = None
-    known_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+__all__ = ["Capture", "ProgramModule", "capture", "default_inputs", "ordered_inputs"]
 
 
 def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Capture:
@@ -53,12 +31,11 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     Raises CaptureError, naming the line of user code, when the forward cannot be captured.
     """
     if isinstance(model, ExportedProgram):
-        return from_exported_program(model, None, example_inputs)
-    if isinstance(model, torch.fx.GraphModule):
-        return from_symbolic_trace(model, example_inputs)
-    if example_inputs is None:
-        example_inputs = default_inputs(model)
-    args, kwargs = _arguments(example_inputs)
+        return from_exported_program(model, None, None if example_inputs is None else _arguments(example_inputs))
+    traced = isinstance(model, torch.fx.GraphModule)
+    if example_inputs is None and traced:
+        raise CaptureError("a graph from symbolic_trace carries no sizes; give example_inputs.")
+    args, kwargs = _arguments(default_inputs(model) if example_inputs is None else example_inputs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, _widened(args, kwargs), (args, kwargs))
     if _drops_out(model):
         raise CaptureError(
@@ -67,6 +44,8 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     dynamic = pytree.tree_map(_dynamic_axes, (args, kwargs))
     try:
         with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            if isinstance(model, torch.fx.GraphModule):
+                return from_symbolic_trace(model, args, kwargs, dynamic)
             program = torch.export.export(model, args, kwargs, dynamic_shapes=_by_name(model, dynamic), strict=False)
     except Exception as error:
         raise CaptureError(_capture_message(model, error)) from error
@@ -167,130 +146,3 @@ def _capture_message(model: torch.nn.Module, error: Exception) -> str:
     where = f" at {user[-1].filename}:{user[-1].lineno} (`{user[-1].line}`)" if user else ""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"the forward of {type(model).__name__} cannot be captured{where}: {first[:300]}"
-
-
-def from_exported_program(
-    program: ExportedProgram, root: torch.nn.Module | None, example_inputs: Any = None
-) -> Capture:
-    """Lift an exported program into a GraphModule whose attributes are the root's own parameters and buffers.
-
-    program: torch.export's result.  root: the module it came from; None makes a module tree from the program's state.
-    """
-    signature = program.graph_signature
-    owner = root if root is not None else _module_tree(program)
-    holder = torch.nn.Module()
-    graph = torch.fx.Graph()
-    environment: dict[torch.fx.Node, Any] = {}
-    specs = {spec.arg.name: spec for spec in signature.input_specs}
-    inputs: list[str] = []
-    constants: dict[str, Any] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            spec = specs[node.name]
-            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                new = graph.create_node("get_attr", str(spec.target), name=node.name)
-            elif spec.kind == InputKind.CONSTANT_TENSOR:
-                name = f"c{len(holder._buffers)}"
-                holder.register_buffer(name, program.constants[str(spec.target)])
-                new = graph.create_node("get_attr", f"{CONSTANTS}.{name}", name=node.name)
-            elif isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt)):
-                inputs.append(node.name)
-                new = graph.placeholder(node.name)
-            else:
-                constants[node.name] = node.meta.get("val")
-                continue
-            new.meta = dict(node.meta)
-            environment[node] = new
-        elif node.op == "output":
-            keep = {spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"}
-            values = [environment[n] if isinstance(n, torch.fx.Node) else n for n in node.args[0]]
-            kept = tuple(
-                v
-                for v, n in zip(values, node.args[0], strict=True)
-                if not isinstance(n, torch.fx.Node) or n.name in keep
-            )
-            graph.output(kept)
-        else:
-            environment[node] = graph.node_copy(node, lambda n: environment[n])
-            environment[node].meta = dict(node.meta)
-    attributes = torch.nn.Module()
-    _adopt(attributes, owner, graph)
-    if holder._buffers:
-        attributes.add_module(CONSTANTS, holder)
-    module = torch.fx.GraphModule(attributes, graph)
-    args, kwargs = _arguments(example_inputs) if example_inputs is not None else program.example_inputs or ((), {})
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    example = dict(zip(inputs, tensors, strict=False))
-    return Capture(module, owner, tuple(inputs), "aten", example, constants, program.call_spec.out_spec)
-
-
-def _adopt(target: torch.nn.Module, owner: torch.nn.Module, graph: torch.fx.Graph) -> None:
-    """Hang the owner's parameters and buffers that the graph reads under the same dotted names, as the same objects."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and not node.target.startswith(CONSTANTS):
-            hang(target, node.target, attribute(owner, node.target))
-
-
-def _module_tree(program: ExportedProgram) -> torch.nn.Module:
-    root = torch.nn.Module()
-    tensors: dict[str, Any] = dict(program.state_dict)
-    for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.BUFFER and spec.target is not None and spec.target not in tensors:
-            tensors[spec.target] = program.constants[spec.target]
-    for name, value in tensors.items():
-        hang(root, name, value)
-    return root
-
-
-def from_symbolic_trace(module: torch.fx.GraphModule, example_inputs: Any) -> Capture:
-    """Take an fx graph as it is and record fake values with symbolic sizes on its nodes.
-
-    module: what torch.fx.symbolic_trace returned.  example_inputs: the tensors it takes (needed for dtypes and sizes).
-    """
-    if example_inputs is None:
-        raise CaptureError("a graph from symbolic_trace carries no sizes; give example_inputs.")
-    args, kwargs = _arguments(example_inputs)
-    args, kwargs = pytree.tree_map_only(torch.Tensor, _widened(args, kwargs), (args, kwargs))
-    names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
-    values = dict(zip(names, args, strict=False)) | kwargs
-    mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    symbolic = torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC
-    static = torch.fx.experimental.symbolic_shapes.DimDynamic.STATIC
-    sizes: dict[int, Any] = {}
-    fakes: list[Any] = []
-    for name in names:
-        value = values.get(name)
-        if isinstance(value, torch.Tensor):
-            context: Any = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
-                dynamic_sizes=[symbolic if axis < 2 else static for axis in range(value.dim())]
-            )
-            duck = mode.from_tensor(value, symbolic_context=context)
-            fakes.append(duck)
-            sizes.update(dict(enumerate(duck.shape)))
-        else:
-            fakes.append(value)
-    try:
-        _RecordValues(module, mode).run(*fakes)
-    except Exception as error:
-        raise CaptureError(_capture_message(module, error)) from error
-    example = {str(n): v for n, v in values.items() if isinstance(v, torch.Tensor)}
-    inputs = tuple(str(n) for n in names if isinstance(values.get(n), torch.Tensor))
-    constants = {str(n): values.get(n) for n in names if str(n) not in inputs}
-    return Capture(module, module, inputs, "torch", example, constants)
-
-
-class _RecordValues(torch.fx.Interpreter):
-    """Runs a graph on fake tensors and keeps each value in the node's meta."""
-
-    def __init__(self, module: torch.fx.GraphModule, mode: Any) -> None:
-        super().__init__(module)
-        self.mode = mode
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Run one node and record its fake value."""
-        with self.mode, torch.no_grad():
-            value = super().run_node(n)
-            if isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor):
-                value = self.mode.from_tensor(value)
-        n.meta["val"] = value
-        return value

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from subquad.application import Replacement, Rewritten, original_forward, rewritten
-from subquad.capture import Capture
+from subquad.capture import Capture, ProgramModule
 from subquad.emission import emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
@@ -220,10 +220,8 @@ def logits_rung(root: nn.Module, record: Rewritten, example_inputs: Any) -> Meas
 
 def _call(root: nn.Module, capture: Capture, inputs: dict[str, torch.Tensor]) -> Any:
     constants = {k: v for k, v in capture.constants.items() if not isinstance(v, torch.Tensor)}
-    if isinstance(root, torch.fx.GraphModule):
+    if isinstance(root, torch.fx.GraphModule | ProgramModule):
         return root(*[inputs[name] for name in capture.inputs])
-    if type(root).forward is nn.Module.forward or not hasattr(type(root), "forward"):
-        return root.forward(*[inputs[name] for name in capture.inputs])
     return root(**inputs, **constants)
 
 

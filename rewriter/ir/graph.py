@@ -115,7 +115,7 @@ def attribute(root: torch.nn.Module, target: str) -> Any:
     return value
 
 
-def hang(root: torch.nn.Module, name: str, value: Any) -> None:
+def hang(root: torch.nn.Module, name: str, value: Any, persistent: bool = True) -> None:
     """Set a parameter, buffer or module under a dotted name, making empty modules on the way."""
     *path, leaf = name.split(".")
     for part in path:
@@ -127,4 +127,4 @@ def hang(root: torch.nn.Module, name: str, value: Any) -> None:
     elif isinstance(value, torch.nn.Parameter):
         root.register_parameter(leaf, value)
     else:
-        root.register_buffer(leaf, value)
+        root.register_buffer(leaf, value, persistent=persistent)

@@ -14,11 +14,13 @@ TABLES = ("int8", "int64")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """Everything the source of one kernel depends on; no batch and no sequence length, since kernels never specialise on them.
+    """Everything the source of one kernel depends on; no batch and no sequence length, since kernels never specialise
+    on them.
 
-    op: the operator. operator: its SoftmaxSpec or RecurrenceSpec as canonical JSON. dtype: of q, k, v and o. key_dim, value_dim: per head.
-    feature_dim: columns of each feature weight (recurrence). flags: optional inputs that are present. tables: element types of t0, t1...
-    block_q, block_kv, num_warps, num_stages: the schedule. target: "cuda:90", "hip:gfx942", ... Raises ValueError naming the field at fault.
+    op: the operator. operator: its SoftmaxSpec or RecurrenceSpec as canonical JSON. dtype: of q, k, v and o. key_dim,
+    value_dim: per head. feature_dim: columns of each feature weight (recurrence). flags: optional inputs that are
+    present. tables: element types of t0, t1... block_q, block_kv, num_warps, num_stages: the schedule. target:
+    "cuda:90", "hip:gfx942", ... Raises ValueError naming the field at fault.
     """
 
     op: str

@@ -1,0 +1,55 @@
+"""A captured forward as a value: the graph, the module it shares parameters with, and how to call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass
+class Capture:
+    """A captured forward.
+
+    graph: GraphModule whose parameters and buffers are the root's own objects; placeholders are the tensor inputs.
+    root: the user's module (for a .pt2 program, a module tree made from its state).  inputs: placeholder names in order,
+    which are the forward's argument names.  constants: non-tensor arguments the graph was captured with.
+    out_spec: pytree of the original's output; the graph returns its leaves as a tuple.
+    dialect: "aten" (torch.export) or "torch" (Dynamo, symbolic_trace).  example: the tensors captured with.
+    """
+
+    graph: torch.fx.GraphModule
+    root: torch.nn.Module
+    inputs: tuple[str, ...]
+    dialect: str
+    example: dict[str, torch.Tensor]
+    constants: dict[str, Any] = field(default_factory=dict)
+    out_spec: pytree.TreeSpec | None = None
+    known_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class ProgramModule(torch.nn.Module):
+    """An exported program as a plain module tree: its parameters under their names, its graph as the forward.
+
+    Called with the tensors the program takes, in order or by name; returns what the program returns.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program's graph on this module's parameters."""
+        capture: Capture = self.__dict__["_subquad_program"]
+        leaves = capture.graph(*ordered_inputs(capture, args, kwargs))
+        return leaves if capture.out_spec is None else pytree.tree_unflatten(list(leaves), capture.out_spec)
+
+
+def ordered_inputs(capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Positional and named tensors in the order of the capture's placeholders; raises TypeError when one is missing."""
+    given = dict(zip(capture.inputs, args, strict=False)) | {k: v for k, v in kwargs.items() if k in capture.inputs}
+    missing = [name for name in capture.inputs if name not in given]
+    if missing or len(args) > len(capture.inputs):
+        raise TypeError(
+            f"the program takes {', '.join(capture.inputs)}; this call gives {len(args)} and {sorted(kwargs)}"
+        )
+    return [given[name] for name in capture.inputs]

@@ -1,0 +1,127 @@
+"""Lift an exported program into a GraphModule on the model's own parameters."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from subquad.captured import Capture, ProgramModule
+from subquad.ir.errors import CaptureError
+from subquad.ir.graph import attribute, hang, source_of
+
+CONSTANTS = "_subquad_constants"
+"""Attribute of a lifted graph that holds constants of the program that are no parameter of the model."""
+
+
+def from_exported_program(
+    program: ExportedProgram, root: torch.nn.Module | None, example_inputs: Any = None
+) -> Capture:
+    """Lift an exported program into a GraphModule whose attributes are the root's own parameters and buffers.
+
+    program: torch.export's result.  root: the module it came from; None makes a module tree from the program's state.
+    """
+    signature = program.graph_signature
+    owner = root if root is not None else _module_tree(program)
+    holder = torch.nn.Module()
+    graph = torch.fx.Graph()
+    environment: dict[torch.fx.Node, Any] = {}
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    inputs: list[str] = []
+    constants: dict[str, Any] = {}
+    regions: dict[torch.fx.Node, torch.fx.GraphModule] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                new = graph.create_node("get_attr", str(spec.target), name=node.name)
+            elif spec.kind == InputKind.CONSTANT_TENSOR:
+                name = f"c{len(holder._buffers)}"
+                holder.register_buffer(name, program.constants[str(spec.target)])
+                new = graph.create_node("get_attr", f"{CONSTANTS}.{name}", name=node.name)
+            elif isinstance(node.meta.get("val"), torch.Tensor | torch.SymInt):
+                inputs.append(node.name)
+                new = graph.placeholder(node.name)
+            else:
+                constants[node.name] = node.meta.get("val")
+                continue
+            new.meta = dict(node.meta)
+            environment[node] = new
+        elif node.op == "output":
+            keep = {spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"}
+            kept = [n for n in node.args[0] if not isinstance(n, torch.fx.Node) or n.name in keep]
+            graph.output(tuple(environment[n] if isinstance(n, torch.fx.Node) else n for n in kept))
+        elif node.op == "get_attr" and isinstance(getattr(program.graph_module, node.target), torch.fx.GraphModule):
+            regions[node] = getattr(program.graph_module, node.target)
+        else:
+            _copy(node, graph, environment, regions)
+    attributes = torch.nn.Module()
+    _adopt(attributes, owner, graph)
+    if holder._buffers:
+        attributes.add_module(CONSTANTS, holder)
+    module = torch.fx.GraphModule(attributes, graph)
+    args, kwargs = example_inputs if example_inputs is not None else program.example_inputs or ((), {})
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    example = dict(zip(inputs, tensors, strict=False))
+    result = Capture(module, owner, tuple(inputs), "aten", example, constants, program.call_spec.out_spec)
+    if isinstance(owner, ProgramModule):
+        owner.__dict__["_subquad_program"] = result
+    return result
+
+
+def _copy(
+    node: torch.fx.Node,
+    graph: torch.fx.Graph,
+    environment: dict[torch.fx.Node, Any],
+    regions: dict[torch.fx.Node, torch.fx.GraphModule],
+) -> None:
+    """Copy one operation; the region of a no_grad block, or of a disabled autocast, is copied in its place."""
+    inner = next((a for a in node.args if isinstance(a, torch.fx.Node) and a in regions), None)
+    if inner is not None and _is_transparent(node):
+        region = regions[inner].graph
+        values = [environment[a] for a in node.args if isinstance(a, torch.fx.Node) and a is not inner]
+        environment.update(zip((n for n in region.nodes if n.op == "placeholder"), values, strict=True))
+        for step in region.nodes:
+            if step.op == "output":
+                environment[node] = torch.fx.node.map_arg(step.args[0], lambda n: environment[n])
+            elif step.op != "placeholder":
+                _copy(step, graph, environment, regions)
+        return
+    if node.target is operator.getitem and isinstance(environment[node.args[0]], tuple | list):
+        environment[node] = environment[node.args[0]][node.args[1]]
+        return
+    environment[node] = graph.node_copy(node, lambda n: environment[n])
+    environment[node].meta = dict(node.meta)
+
+
+def _is_transparent(node: torch.fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if name == "wrap_with_autocast" and node.args[2]:
+        raise CaptureError(
+            f"an autocast region at {source_of(node) or 'an unknown line'} changes dtypes inside the graph; "
+            "convert the model to that dtype instead."
+        )
+    return name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _adopt(target: torch.nn.Module, owner: torch.nn.Module, graph: torch.fx.Graph) -> None:
+    """Hang the owner's parameters and buffers that the graph reads under the same dotted names, as the same objects."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and not node.target.startswith(CONSTANTS):
+            hang(target, node.target, attribute(owner, node.target))
+
+
+def _module_tree(program: ExportedProgram) -> ProgramModule:
+    root = ProgramModule()
+    tensors: dict[str, Any] = dict(program.state_dict)
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.BUFFER and spec.target is not None and spec.target not in tensors:
+            tensors[spec.target] = program.constants[spec.target]
+    for name, value in tensors.items():
+        hang(root, name, value, persistent=name in program.state_dict)
+    return root

@@ -1,0 +1,66 @@
+"""Capture: modules, exported programs, traced graphs; symbolic sizes; shared parameters; regions inlined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from spelled_models import HandWrittenDecoder, TwoSpellings, tiny_llama
+from torch.export import Dim
+
+import subquad
+from subquad.capture import capture
+from subquad.ir.errors import CaptureError
+
+IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+BOTH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+
+def test_batch_and_sequence_are_symbolic_and_parameters_are_shared() -> None:
+    model = HandWrittenDecoder().eval()
+    captured = capture(model, (IDS,))
+    sizes = next(n for n in captured.graph.graph.nodes if n.op == "placeholder").meta["val"].shape
+    assert all(isinstance(size, torch.SymInt) for size in sizes)
+    assert captured.graph.get_parameter("head.weight") is model.head.weight
+    for shape in ((1, 4), (3, 31)):
+        ids = torch.randint(0, 50, shape)
+        torch.testing.assert_close(captured.graph(ids)[0], model(ids))
+
+
+def test_a_batch_of_one_is_captured_with_a_symbolic_batch() -> None:
+    model = HandWrittenDecoder().eval()
+    captured = capture(model, (IDS[:1],))
+    torch.testing.assert_close(captured.graph(IDS)[0], model(IDS))
+
+
+def test_a_saved_program_is_rewritten_from_its_file(tmp_path: Path) -> None:
+    model = HandWrittenDecoder().eval()
+    torch.export.save(torch.export.export(model, (IDS,), dynamic_shapes=(BOTH,), strict=False), tmp_path / "model.pt2")
+    fast = subquad.rewrite(torch.export.load(tmp_path / "model.pt2"))
+    assert len(fast.report.applied) == 2
+    assert set(fast.state_dict()) <= set(model.state_dict())
+    torch.testing.assert_close(fast(IDS), model(IDS))
+    torch.testing.assert_close(fast(ids=IDS[:, :3]), model(IDS[:, :3]))
+    torch.testing.assert_close(subquad.restore(fast)(IDS), model(IDS))
+
+
+def test_a_program_exported_with_gradients_enabled_has_its_no_grad_regions_inlined() -> None:
+    model = tiny_llama(1)
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
+    shapes = {"input_ids": BOTH, "attention_mask": BOTH, "use_cache": None}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+    assert any("set_grad" in str(node.target) for node in program.graph.nodes)
+    fast = subquad.rewrite(program)
+    assert [entry["mask"] for entry in fast.report.applied] == ["causal & padding(attention_mask)"]
+    got = fast(input_ids=IDS, attention_mask=inputs["attention_mask"]).logits
+    torch.testing.assert_close(got, model(**inputs).logits)
+
+
+def test_inputs_are_needed_where_they_cannot_be_guessed() -> None:
+    with pytest.raises(CaptureError, match="needs example_inputs"):
+        subquad.inspect(TwoSpellings())
+    with pytest.raises(CaptureError, match="carries no sizes"):
+        subquad.inspect(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)))
+    with pytest.raises(CaptureError, match="give a tuple, a dict or a tensor"):
+        subquad.inspect(TwoSpellings(), 3)
