@@ -25,9 +25,9 @@ def command(out: str, text: str, tokens: int, target: str, overwrite: bool, trus
 
     check_output(Path(target), overwrite)
     fast = subquad.load(out, trust=trust)
-    report = subquad.convert(fast, text=text, tokens=tokens, out=target)
+    report = subquad.convert(fast, text=text, tokens=tokens, out=target, overwrite=overwrite).report
     if as_json:
         printing.print_json(report.json())
         return
-    printing.print_verification(report.verification)
+    printing.print_conversion(report)
     printing.print_notes(report)

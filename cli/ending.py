@@ -44,7 +44,8 @@ def run(arguments: Sequence[str]) -> int:
         from subquad.ir.errors import SubquadError
 
         if isinstance(error, SubquadError):
-            return _say(str(error), MISTAKE, error)
+            stopped = isinstance(error.__cause__, KeyboardInterrupt)
+            return _say(str(error), INTERRUPTED if stopped else MISTAKE, error)
         text = (str(error).strip() or "no message").splitlines()[0][:300]
         return _say(
             f"this is a defect of subquad ({type(error).__name__}: {text.rstrip('.')}); SUBQUAD_TRACEBACK=1 shows where.",

@@ -19,7 +19,9 @@ from subquad.cli import options
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the chat template.")
 @click.option("--engine", type=click.Choice(["auto", "subquad", "transformers"]), default="auto", show_default=True)
-@click.option("--wait", is_flag=True, help="Compile the decoder before the first token (about a minute, once per model).")
+@click.option(
+    "--wait", is_flag=True, help="Compile the decoder before the first token (about a minute, once per model)."
+)
 @options.opening
 @options.as_json
 def command(

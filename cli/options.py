@@ -10,8 +10,12 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
-trust = click.option("--trust", is_flag=True, help="Open sources that are code: .pt2, file.py:factory, own modelling code.")
-dtype = click.option("--dtype", default="auto", metavar="auto|fp32|bf16", help="Type of the weights; auto is as stored.")
+trust = click.option(
+    "--trust", is_flag=True, help="Open sources that are code: .pt2, file.py:factory, own modelling code."
+)
+dtype = click.option(
+    "--dtype", default="auto", metavar="auto|fp32|bf16", help="Type of the weights; auto is as stored."
+)
 attention = click.option(
     "--attention", type=click.Choice(["eager", "sdpa"]), help="Spelling of attention that a Hugging Face model uses."
 )

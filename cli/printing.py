@@ -18,6 +18,7 @@ from subquad.ir.report import Measurement, Report
 
 if TYPE_CHECKING:
     from subquad.demonstration import Stage
+    from subquad.kernel_emission import EmittedKernel
     from subquad.speed import Comparison
 
 
@@ -126,7 +127,9 @@ def _equal(items: list[tuple[str, dict[str, Any]]]) -> list[tuple[list[str], dic
     """Group items whose values are equal, evidence and source aside, in order of first appearance."""
     groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
     for path, value in items:
-        key = json.dumps({k: v for k, v in value.items() if k not in ("evidence", "source")}, sort_keys=True, default=str)
+        key = json.dumps(
+            {k: v for k, v in value.items() if k not in ("evidence", "source")}, sort_keys=True, default=str
+        )
         key = re.sub(r"layers?\.\d+", "layer.#", key)
         groups.setdefault(key, ([], value))[0].append(path)
     return list(groups.values())
@@ -151,7 +154,10 @@ def shorten(paths: Sequence[str]) -> str:
 
 def print_figures(comparison: Comparison) -> None:
     """Figures of a comparison as ratios, the machine named."""
-    rows = [[f.what, f"{f.original:.4g} {f.unit}", f"{f.rewritten:.4g} {f.unit}", f"{f.ratio:.2f}×"] for f in comparison.figures]
+    rows = [
+        [f.what, f"{f.original:.4g} {f.unit}", f"{f.rewritten:.4g} {f.unit}", f"{f.ratio:.2f}×"]
+        for f in comparison.figures
+    ]
     title = f"{comparison.machine}; median of {comparison.pairs}"
     print_table(title, ["what", "#original", "#rewritten", "#faster by"], rows)
     for note in comparison.notes:
@@ -172,8 +178,40 @@ def print_stage(stage: Stage) -> None:
             print_verification(stage.report.verification)
     for name, text in stage.texts.items():
         out.print(f"  {name}: {text.strip()}", markup=False, highlight=False)
-    rows = [[f.what, f"{f.original:.4g} {f.unit}", f"{f.rewritten:.4g} {f.unit}", f"{f.ratio:.2f}×"] for f in stage.figures]
+    rows = [
+        [f.what, f"{f.original:.4g} {f.unit}", f"{f.rewritten:.4g} {f.unit}", f"{f.ratio:.2f}×"] for f in stage.figures
+    ]
     print_table("", ["what", "#original", "#rewritten", "#faster by"], rows)
     for name, fact in stage.facts.items():
         if fact not in (None, [], ""):
             out.print(f"  {name}: {fact}", markup=False, highlight=False)
+
+
+def print_kernels(directory: str, kernels: Sequence[EmittedKernel]) -> None:
+    """Emitted kernels with what each build uses of its target."""
+    rows = []
+    for kernel in kernels:
+        for target, made in kernel.builds.items():
+            memory = f"{made.shared_bytes} of {made.limit_bytes}"
+            rows.append(
+                [kernel.source, len(kernel.sites), target, memory, made.registers, made.spills, f"{made.seconds:.1f}"]
+            )
+        if not kernel.builds:
+            rows.append([kernel.source, len(kernel.sites), "source only", "", "", "", ""])
+    columns = ["source", "#sites", "target", "#shared bytes", "#registers", "#spills", "#seconds"]
+    print_table(directory, columns, rows)
+
+
+def print_conversion(report: Report) -> None:
+    """Perplexity and KL to the original on held-out text before training and after each stage."""
+    keys = ("perplexity", "original_perplexity", "merged_perplexity", "kl")
+    rows = [
+        [entry.get("stage", ""), entry.get("tokens", ""), *(_number(entry.get(key)) for key in keys)]
+        for entry in report.conversion
+    ]
+    columns = ["stage", "#tokens", "#perplexity", "#of the original", "#after merging", "#KL to it (nats)"]
+    print_table("Conversion, on held-out text", columns, rows)
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else ""

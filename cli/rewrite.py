@@ -14,7 +14,9 @@ from subquad.cli.ending import OK, REFUSED
 @click.argument("model")
 @click.option("-p", "--pass", "passes", multiple=True, metavar="PASS", help="family:name,knob=value; may be repeated.")
 @click.option("--where", metavar="PATTERN", help="Only sites whose module path matches, e.g. 'model.layers.*'.")
-@click.option("--plan", "plan_file", metavar="FILE", help="Apply a saved plan (JSON or TOML) instead of choosing passes.")
+@click.option(
+    "--plan", "plan_file", metavar="FILE", help="Apply a saved plan (JSON or TOML) instead of choosing passes."
+)
 @click.option("--no-verify", is_flag=True, help="Skip the verification ladder.")
 @options.output
 @options.overwrite

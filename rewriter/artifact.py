@@ -141,7 +141,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ArtifactError(f"{directory} does not exist or is not a directory.")
     if not is_artifact(directory):
-        raise ArtifactError(f"{directory} has no {MANIFEST}, so it is not what `subquad rewrite` or `subquad.save` wrote.")
+        raise ArtifactError(
+            f"{directory} has no {MANIFEST}, so it is not what `subquad rewrite` or `subquad.save` wrote."
+        )
     try:
         manifest = read_json(directory / MANIFEST)
         form = int(manifest["format"])
@@ -170,7 +172,9 @@ def load(
     manifest = read_manifest(directory)
     plan = read_plan(directory / PLAN)
     if plan.hash != manifest["plan_hash"]:
-        raise ArtifactError(f"{directory / PLAN} was changed after it was saved (hash {plan.hash}, not {manifest['plan_hash']}).")
+        raise ArtifactError(
+            f"{directory / PLAN} was changed after it was saved (hash {plan.hash}, not {manifest['plan_hash']})."
+        )
     if not (directory / WEIGHTS).is_file():
         raise ArtifactError(f"{directory} lacks {WEIGHTS}; save the model again.")
     check_weights(directory / WEIGHTS)
@@ -221,10 +225,14 @@ def _fill(fast: nn.Module, directory: Path, own: bool) -> None:
             if name not in names:
                 if not added and any(tensor is wanted[other] for other in names & set(wanted)):
                     continue
-                raise ArtifactError(f"{directory / WEIGHTS} lacks {name}, which the plan calls for; save the model again.")
+                raise ArtifactError(
+                    f"{directory / WEIGHTS} lacks {name}, which the plan calls for; save the model again."
+                )
             value = stored.get_tensor(name)
             if value.shape != tensor.shape:
-                raise PlanError(f"{name} is {tuple(value.shape)} in {directory} and {tuple(tensor.shape)} in the model.")
+                raise PlanError(
+                    f"{name} is {tuple(value.shape)} in {directory} and {tuple(tensor.shape)} in the model."
+                )
             tensor.copy_(value)
 
 

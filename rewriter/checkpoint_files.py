@@ -27,7 +27,9 @@ def check_directory(directory: Path) -> None:
         raise ModelSourceError(f"{directory} has a config.json but no weights (*.safetensors or pytorch_model.bin).")
     for path in files:
         if not path.is_file():
-            raise ModelSourceError(f"{directory} lacks {path.name}, which its index names; fetch the missing files again.")
+            raise ModelSourceError(
+                f"{directory} lacks {path.name}, which its index names; fetch the missing files again."
+            )
         check_weights(path)
 
 
@@ -46,7 +48,9 @@ def check_weights(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(64)
         if head.startswith(_POINTER):
-            raise ModelSourceError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` there.")
+            raise ModelSourceError(
+                f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` there."
+            )
         if size == 0:
             raise ModelSourceError(f"{path} is empty; fetch it again.")
         if path.suffix != ".safetensors":
@@ -61,7 +65,9 @@ def check_weights(path: Path) -> None:
             header = json.loads(file.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelSourceError(f"{path} is not a safetensors file (its header cannot be read); fetch it again.") from error
+            raise ModelSourceError(
+                f"{path} is not a safetensors file (its header cannot be read); fetch it again."
+            ) from error
     if size != 8 + length + end:
         raise ModelSourceError(
             f"{path} is only half there: its header promises {8 + length + end} bytes and it has {size}; fetch it again."

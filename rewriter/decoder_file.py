@@ -126,7 +126,14 @@ def _rebuilt(data: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[StepGrap
         raise ValueError("it lacks a graph")
     sites = tuple(SiteState(**(site | {"dtype": getattr(torch, site["dtype"])})) for site in data["sites"])
     graph = StepGraph(
-        step, first, modules["history"], tuple(data["inputs"]), sites, data["tables"], tuple(data["past_axes"]), data["limit"]
+        step,
+        first,
+        modules["history"],
+        tuple(data["inputs"]),
+        sites,
+        data["tables"],
+        tuple(data["past_axes"]),
+        data["limit"],
     )
     return graph, tensors
 

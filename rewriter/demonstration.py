@@ -80,7 +80,11 @@ def demonstrate(spec: str = "smollm2", new_tokens: int = 48, prompt: str = PROMP
         text = "" if reopened is None else generate_text(reopened, prompt, Sampling(new_tokens)).text
         same = text == ours.text
         size = sum(p.stat().st_size for p in out.iterdir())
-        facts = {"plan": fast.report.plan_hash, "MiB on disk": round(size / 2**20, 1), "same answer after loading": same}
+        facts = {
+            "plan": fast.report.plan_hash,
+            "MiB on disk": round(size / 2**20, 1),
+            "same answer after loading": same,
+        }
         yield clock.stage("artifact", "saved and loaded again", facts=facts)
 
     restore(fast)

@@ -40,7 +40,9 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, TextCode
             codec = _codec(path, model)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelSourceError(f"{path} cannot be read as a GGUF model ({first}); it may be torn: fetch it again.") from error
+        raise ModelSourceError(
+            f"{path} cannot be read as a GGUF model ({first}); it may be torn: fetch it again."
+        ) from error
     _clean(model, path, dtype)
     return model.eval(), codec
 

@@ -39,7 +39,8 @@ def untied_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         first = value.storage_offset() * value.element_size()
         last = first + value.numel() * value.element_size()
         known = spans.setdefault(value.untyped_storage().data_ptr(), [])
-        if value.numel() and any(t.shape == value.shape and t.stride() == value.stride() and (a, b) == (first, last) for a, b, t in known):
+        shape = (first, last, value.shape, value.stride())
+        if value.numel() and any((a, b, t.shape, t.stride()) == shape for a, b, t in known):
             continue
         overlaps = not value.is_contiguous() or any(first < b and a < last for a, b, _ in known)
         known.append((first, last, value))
@@ -57,7 +58,9 @@ def write_codec(codec: TextCodec, directory: Path) -> None:
     }
     if codec.chat_template is not None:
         settings["chat_template"] = codec.chat_template
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def write_config(model: Any, directory: Path) -> None:

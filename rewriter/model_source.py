@@ -59,9 +59,9 @@ def open_model(
 ) -> LoadedModel:
     """Open a model by name.
 
-    spec: a directory in Hugging Face format or as `subquad.save` wrote it, a .gguf file, a .pt2 program, `path/to/file.py:factory`, a hub id such as
-    `owner/name`, or `smollm2`.  trust: required for sources that are code (.pt2, file.py:factory, a directory with its own
-    modelling code).  dtype: "auto" (as stored), "fp32", "bf16", "fp16" or "fp64".  attention: "eager" or "sdpa", the
+    spec: a directory in Hugging Face format or as `subquad.save` wrote it, a .gguf file, a .pt2 program,
+    `path/to/file.py:factory`, a hub id such as `owner/name`, or `smollm2`.  trust: required for sources that are code
+    (.pt2, file.py:factory, a directory with its own modelling code).  dtype: "auto" (as stored), "fp32", "bf16", "fp16" or "fp64".  attention: "eager" or "sdpa", the
     spelling that a Hugging Face model uses; None is its default.  plain: of what `subquad.save` wrote, open the model
     without its rewrites.
     Raises ModelSourceError (missing, torn or unknown), TrustError (code without trust).
@@ -89,7 +89,9 @@ def open_model(
         module, codec = open_hub(spec, wanted, trust, attention)
         loaded = LoadedModel(module, None, codec, "huggingface", spec)
     else:
-        raise ModelSourceError(f"{spec} does not exist; give a model directory, .gguf, .pt2, file.py:factory, hub id or {DEMO}.")
+        raise ModelSourceError(
+            f"{spec} does not exist; give a model directory, .gguf, .pt2, file.py:factory, hub id or {DEMO}."
+        )
     if loaded.kind == "factory" and wanted is not None:
         loaded.module.to(wanted)
     if isinstance(loaded.module, torch.nn.Module):
@@ -151,7 +153,9 @@ def _gguf(path: Path, dtype: torch.dtype | None, attention: str | None) -> Loade
 
 def _program(path: Path, trust: bool) -> LoadedModel:
     if not trust:
-        raise TrustError(f"{path} is an exported program, and loading one can run code stored in it; pass --trust (trust=True).")
+        raise TrustError(
+            f"{path} is an exported program, and loading one can run code stored in it; pass --trust (trust=True)."
+        )
     try:
         program = torch.export.load(str(path))
     except Exception as error:

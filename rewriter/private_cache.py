@@ -23,7 +23,9 @@ def cache_root() -> Path:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = root.stat()
         if state.st_uid != os.getuid():
-            raise SubquadError(f"the cache {root} belongs to another user; set XDG_CACHE_HOME to a directory of your own.")
+            raise SubquadError(
+                f"the cache {root} belongs to another user; set XDG_CACHE_HOME to a directory of your own."
+            )
         if stat.S_IMODE(state.st_mode) & 0o077:
             root.chmod(0o700)
     except OSError as error:

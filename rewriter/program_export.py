@@ -21,7 +21,7 @@ def exported(record: Rewritten) -> ExportedProgram:
     the model's package is needed to load it.  Raises ArtifactError when torch.export cannot take the graph.
     """
     inputs = tuple(record.applied.example[name] for name in record.applied.inputs)
-    dynamic = tuple({axis: Dim.AUTO for axis in range(min(x.dim(), 2))} for x in inputs)
+    dynamic = tuple(dict.fromkeys(range(min(x.dim(), 2)), Dim.AUTO) for x in inputs)
     try:
         with torch.no_grad():
             program = torch.export.export(record.applied.graph, inputs, dynamic_shapes=dynamic, strict=False)

@@ -108,7 +108,9 @@ def _generation(original: LoadedModel, fast: LoadedModel, prompt: str, new_token
     agreement = before[-1].tokens == last.tokens
     notes = [*([] if why is None else [why]), *last.notes, f"original under {before[-1].engine}, rewritten under {last.engine}",
              f"greedy tokens {'identical' if agreement else 'differ'}"]  # fmt: skip
-    return Comparison(figures, machine(), pairs, last.text, last.tokens, figures[0].rewritten, last.mean_accepted, notes)
+    return Comparison(
+        figures, machine(), pairs, last.text, last.tokens, figures[0].rewritten, last.mean_accepted, notes
+    )
 
 
 def _forward(original: LoadedModel, fast: LoadedModel, pairs: int) -> Comparison:

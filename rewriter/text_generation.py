@@ -69,7 +69,7 @@ TokenStream = Callable[[Any, list[int], Sampling, tuple[int, ...]], Iterator[int
 def generate_text(
     loaded: LoadedModel,
     prompt: str,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     *,
     raw: bool = False,
     engine: str = "auto",
@@ -140,7 +140,9 @@ def compile_decoder(module: Any) -> str | None:
     try:
         made = decoder_of(module)
         with progress("compiling the decoder", 1) as advance:
-            made.compile(wait=True, report=lambda done, total: advance(0, f"compiling the decoder: {done} of {total} programs"))
+            made.compile(
+                wait=True, report=lambda done, total: advance(0, f"compiling the decoder: {done} of {total} programs")
+            )
     except SubquadError as error:
         return str(error)
     return None
@@ -187,7 +189,7 @@ def transformers_tokens(module: Any, ids: list[int], sampling: Sampling, eos: tu
 
     from transformers.generation.streamers import BaseStreamer
 
-    found: queue.Queue[int | None | BaseException] = queue.Queue()
+    found: queue.Queue[int | BaseException | None] = queue.Queue()
 
     class Hand(BaseStreamer):  # type: ignore[misc]
         """Puts every new token on the queue; the first call brings the prompt back."""

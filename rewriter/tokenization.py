@@ -89,7 +89,9 @@ def read_codec(directory: Path) -> TextCodec | None:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        raise ModelSourceError(f"{path} is not a tokenizer file ({str(error).splitlines()[0]}); fetch it again.") from error
+        raise ModelSourceError(
+            f"{path} is not a tokenizer file ({str(error).splitlines()[0]}); fetch it again."
+        ) from error
     settings = read_json(directory / "tokenizer_config.json")
     separate = directory / "chat_template.jinja"
     template = separate.read_text(encoding="utf-8") if separate.is_file() else settings.get("chat_template")

@@ -61,7 +61,7 @@ def fails(kind: type[SubquadError], call: object, *arguments: object, **options:
         call(*arguments, **options)  # type: ignore[operator]
     text = str(caught.value)
     assert "\n" not in text
-    assert text.endswith(("." , "?")), text
+    assert text.endswith((".", "?")), text
     return text
 
 
@@ -171,7 +171,9 @@ def test_full_disk_leaves_the_old_artifact_whole(
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tiny-llama") == ["out"]
 
 
-def test_interrupted_save_leaves_nothing(fast: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_leaves_nothing(
+    fast: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -199,7 +201,11 @@ def test_newer_format_is_refused(fast: torch.nn.Module, tmp_path: Path) -> None:
 def test_torn_artifacts_are_refused(fast: torch.nn.Module, tmp_path: Path) -> None:
     out = subquad.save(fast, tmp_path / "out")
     whole = listing(out)
-    for name, words in [("subquad.json", "torn"), ("plan.json", "neither JSON nor TOML"), ("model.safetensors", "half there")]:
+    for name, words in [
+        ("subquad.json", "torn"),
+        ("plan.json", "neither JSON nor TOML"),
+        ("model.safetensors", "half there"),
+    ]:
         (out / name).write_bytes(whole[name][: len(whole[name]) * 2 // 3])
         assert words in fails(SubquadError, subquad.load, out, trust=True)
         (out / name).unlink()

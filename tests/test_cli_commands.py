@@ -44,7 +44,12 @@ def uncapturable():
 def subquad(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, "-m", "subquad.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=env, timeout=240
+        [sys.executable, "-m", "subquad.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        timeout=240,
     )
 
 
@@ -69,7 +74,17 @@ def test_inspect(tiny_llama: Path) -> None:
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert [site["path"] for site in report["sites"]] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert set(report["sites"][0]) >= {"path", "origin", "phase", "mask", "scale", "heads", "kv_heads", "head_dim", "evidence"}
+    assert set(report["sites"][0]) >= {
+        "path",
+        "origin",
+        "phase",
+        "mask",
+        "scale",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "evidence",
+    }
     assert set(report) >= {"sites", "loops", "prefixes", "refusals"}
     assert (report["sites"][0]["heads"], report["sites"][0]["kv_heads"]) == (4, 2)
     shown = subquad("inspect", tiny_llama, "--attention", "eager", "--evidence")
@@ -168,7 +183,19 @@ def test_usage_mistakes_are_one_sentence() -> None:
 def test_every_command_has_help() -> None:
     top = subquad("--help")
     commands = [line.split()[0] for line in top.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert commands == ["inspect", "passes", "rewrite", "convert", "verify", "generate", "bench", "emit", "demo", "cache", "env"]
+    assert commands == [
+        "inspect",
+        "passes",
+        "rewrite",
+        "convert",
+        "verify",
+        "generate",
+        "bench",
+        "emit",
+        "demo",
+        "cache",
+        "env",
+    ]
     from click.testing import CliRunner
 
     from subquad.cli.root import root

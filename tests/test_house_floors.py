@@ -16,7 +16,10 @@ FLOORS = {
     "rewriter": ("subquad",),
     "cli": ("subquad",),
 }
-NEVER = {"rewriter": ("subquad.cli",), "cli": ("subquad.kernels", "subquad.codegen", "subquad.passes", "subquad.runtime")}
+NEVER = {
+    "rewriter": ("subquad.cli",),
+    "cli": ("subquad.kernels", "subquad.codegen", "subquad.passes", "subquad.runtime"),
+}
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "rewriter/ir": {"torch", "sympy", "networkx", "rich"},
@@ -39,7 +42,9 @@ def floor_of(path: Path) -> str:
 
 
 def sources() -> list[Path]:
-    return [p for top in ("kernels", "codegen", "passes", "rewriter", "cli") for p in sorted((ROOT / top).rglob("*.py"))]
+    return [
+        p for top in ("kernels", "codegen", "passes", "rewriter", "cli") for p in sorted((ROOT / top).rglob("*.py"))
+    ]
 
 
 def within(name: str, rooms: tuple[str, ...]) -> bool:

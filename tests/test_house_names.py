@@ -18,7 +18,7 @@ from subquad.ir.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC_FUNCTIONS = {"list_passes", "inspect", "rewrite", "verify", "convert", "save", "load", "restore", "demo_weights"}
-FAKE_KERNELS = '''
+FAKE_KERNELS = """
 class Anything:
     def __init__(self, *args, **kwargs): pass
     def __call__(self, *args, **kwargs): return args[0] if args else None
@@ -28,7 +28,7 @@ def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
     return Anything
-'''
+"""
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +122,18 @@ def test_import_is_light() -> None:
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     new = set(done.stdout.split())
-    heavy = {"transformers", "click", "rich", "triton", "networkx", "tokenizers", "safetensors", "peft", "jinja2", "gguf"}
+    heavy = {
+        "transformers",
+        "click",
+        "rich",
+        "triton",
+        "networkx",
+        "tokenizers",
+        "safetensors",
+        "peft",
+        "jinja2",
+        "gguf",
+    }
     assert not {m for m in new if m.split(".")[0] in heavy}
     ours = {m for m in new if m.startswith("subquad")}
     assert {m for m in ours if not m.startswith("subquad.kernels")} == {"subquad"}

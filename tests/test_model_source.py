@@ -51,7 +51,9 @@ def test_directory_opens_with_its_tokenizer(tiny_llama: Path) -> None:
     assert "_subquad_source" not in str(list(loaded.module.state_dict()))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)]
+)
 def test_dtype(tiny_llama: Path, name: str, dtype: torch.dtype) -> None:
     assert {p.dtype for p in open_model(str(tiny_llama), dtype=name).module.parameters()} == {dtype}
 
