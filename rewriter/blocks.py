@@ -110,7 +110,8 @@ def is_number(node: Node) -> bool:
     """True for a size and for arithmetic on sizes."""
     if node.target is torch.ops.aten.sym_size.int:
         return True
-    return node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator" and node.target is not operator.getitem
+    plain = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    return plain and node.target is not operator.getitem
 
 
 @dataclass
@@ -188,7 +189,8 @@ class _Piece:
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             elif node.op == "output":
                 graph.output(torch.fx.node.map_arg(node.args[0], lambda n: mapping[n]))
-        return Program(torch.fx.GraphModule(torch.nn.Module(), graph), graph_key(graph), tuple(len(v) for v in self.inputs.values()), fresh)
+        counts = tuple(len(v) for v in self.inputs.values())
+        return Program(torch.fx.GraphModule(torch.nn.Module(), graph), graph_key(graph), counts, fresh)
 
 
 def graph_key(graph: torch.fx.Graph) -> str:

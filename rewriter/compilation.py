@@ -68,7 +68,8 @@ def machine_key() -> str:
 
     sources = [Path(one_token.__file__), *sorted(Path(subquad.kernels.__file__).parent.glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    return "|".join((torch.__version__, platform.machine(), _cpu_flags(), str(pick_vec_isa()), str(torch.get_num_threads()), digest))
+    threads = str(torch.get_num_threads())
+    return "|".join((torch.__version__, platform.machine(), _cpu_flags(), str(pick_vec_isa()), threads, digest))
 
 
 def _cpu_flags() -> str:
@@ -132,7 +133,8 @@ def _run_worker(missing: Sequence[Order], paths: dict[str, Path], advance: Calla
         log = Path(folder) / "log"
         with log.open("w") as errors:
             worker = subprocess.Popen(
-                [sys.executable, "-P", "-m", "subquad.compile_worker", str(job)], stdout=subprocess.PIPE, stderr=errors, text=True,
+                [sys.executable, "-P", "-m", "subquad.compile_worker", str(job)],
+                stdout=subprocess.PIPE, stderr=errors, text=True,
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder + "/inductor"},
             )  # fmt: skip
             assert worker.stdout is not None

@@ -66,7 +66,7 @@ def _check_causal(node: Node, proof: Locality) -> None:
         return
     spec = SoftmaxSpec.parse(named["spec"])
     if spec.mask is None or not implies_causal(spec.mask):
-        refuse(node, f"its mask ({spec.mask or 'full'}) lets a token see later ones, so the past would change with every new token.")
+        refuse(node, f"its mask ({spec.mask or 'full'}) lets a token see later ones, so every new token would change the past.")
     if named.get("bias") is not None:
         refuse(node, "an additive bias over queries and keys is not carried from step to step; only mask predicates are.")
     if any(isinstance(n, Node) and proof.depends_on_length(value_of(n)) for n in named["scalars"]):

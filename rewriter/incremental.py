@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from subquad.application import rewritten
 from subquad.blocks import cut
@@ -18,7 +19,7 @@ from subquad.one_token_graph import one_token_graph
 from subquad.packing import fuse_projections, pack, projection_groups
 from subquad.runtime.decode_engine import DecodeEngine, Executor, executor
 from subquad.runtime.generation import generate
-from subquad.runtime.schedule import Schedule
+from subquad.runtime.schedule import Program, Runner, Schedule
 from subquad.runtime.state import DecoderState
 from subquad.runtime.step_graph import StepGraph
 
@@ -54,7 +55,8 @@ class Decoder:
     def __init__(self, graph: StepGraph, weights: Mapping[str, Tensor]) -> None:
         """graph: what `derive` returned.  weights: the tensors its graphs read, by name."""
         if len(graph.inputs) > 2:
-            raise GenerationError(f"the model takes {', '.join(graph.inputs)}; a decoder gives token ids and a padding mask only.")
+            taken = ", ".join(graph.inputs)
+            raise GenerationError(f"the model takes {taken}; a decoder gives token ids and a padding mask only.")
         self.source = graph
         self.names = sorted({str(n.target) for g in (graph.step, graph.first) for n in g.graph.nodes if n.op == "get_attr"})
         tensors = dict(weights)
@@ -93,7 +95,8 @@ class Decoder:
 
     def generate(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 128,
-        eos_token_ids: Collection[int] = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
+        eos_token_ids: Collection[int] = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int | None = None,
     ) -> Iterator[list[int | None]]:  # fmt: skip
         """Yield the new token of every row, step by step; see subquad.runtime.generation.generate."""
         return generate(
@@ -147,21 +150,24 @@ def _by_use(graph: torch.fx.Graph, names: list[str]) -> list[str]:
 
 
 def _orders(schedule: Schedule, weights: Mapping[str, Tensor], engine: DecodeEngine) -> list[Order]:
-    """Example inputs of every program, taken from two runs that differ in length and capacity."""
+    """Example inputs of every program as fake tensors, from two runs that differ in length and capacity."""
     runs = []
-    for length, capacity in ((40, 256), (57, 512)):
+    longest = (engine.graph.limit or 64) - 1
+    for length, capacity in ((longest // 2, 256), (longest, 512)):
         seen: dict[str, list[Tensor]] = {}
-        recording = executor(schedule, weights, {p.key: _recording(p.key, p.eager(), seen) for p in schedule.programs()})
-        state = engine.start(1, capacity)
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
-        engine.probe(recording, state, ids, min(length, (engine.graph.limit or length + 1) - 1))
+        with FakeTensorMode() as mode, torch.no_grad():
+            fake = {name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in weights.items()}
+            recording = executor(schedule, fake, {p.key: _recording(p, seen) for p in schedule.programs()})
+            engine.probe(recording, engine.start(1, capacity), torch.zeros(1, 1, dtype=torch.int64), length)
         runs.append(seen)
     return [order(p, runs[0][p.key], runs[1][p.key]) for p in schedule.programs()]
 
 
-def _recording(key: str, run: Callable[[list[Tensor]], list[Tensor]], seen: dict[str, list[Tensor]]) -> Callable[[list[Tensor]], list[Tensor]]:
+def _recording(program: Program, seen: dict[str, list[Tensor]]) -> Runner:
+    run = program.eager()
+
     def runner(inputs: list[Tensor]) -> list[Tensor]:
-        seen.setdefault(key, list(inputs))
+        seen.setdefault(program.key, list(inputs))
         return run(inputs)
 
     return runner

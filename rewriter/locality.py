@@ -38,8 +38,8 @@ class TokenAxis:
     """Axis `axis` of a value has size outer · T · inner, tokens in row-major order between the two factors."""
 
     axis: int
-    outer: sympy.Expr = sympy.Integer(1)
-    inner: sympy.Expr = sympy.Integer(1)
+    outer: sympy.Expr = sympy.S.One
+    inner: sympy.Expr = sympy.S.One
 
 
 @dataclass
@@ -173,7 +173,7 @@ def _attention(proof: Locality, node: Node) -> None:
     values = named["v"] if isinstance(named["v"], (list, tuple)) else [named["v"]]
     for n in (named["q"], *keys, *values):
         if proof.axes.get(n) != TokenAxis(1):
-            refuse(node, "an attention operator reads queries, keys and values whose tokens are not all on axis 1 (cross attention?).")
+            refuse(node, "an attention operator reads tokens that are not all on axis 1 (is it cross attention?).")
     proof.axes[node] = TokenAxis(1)
 
 
@@ -276,7 +276,7 @@ def _matmul(proof: Locality, node: Node) -> None:
 
 
 def _view(proof: Locality, node: Node) -> None:
-    """Reshapes keep row-major order: the token axis is where as many elements lie before and after each token as before."""
+    """Reshapes keep row-major order: as many elements lie before and after each token as before."""
     axis = proof.axes.get(node.args[0])
     if axis is None:
         return
@@ -424,11 +424,12 @@ def _index(proof: Locality, node: Node) -> None:
 
 
 RULES = {
-    **dict.fromkeys(("to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy", "dropout_"), _keep),
-    **dict.fromkeys(("relu", "gelu", "silu", "softplus", "tanh", "sigmoid", "relu6", "elu", "selu", "mish", "hardswish"), _keep),
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like"), _keep),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax", "cumsum", "argmax", "argmin", "topk"), _reduce),
-    **dict.fromkeys(("sort", "max", "min", "var", "var_mean", "std", "logsumexp", "any", "all", "norm", "linalg_vector_norm"), _reduce),
+    **dict.fromkeys(("to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy"), _keep),
+    **dict.fromkeys(("relu", "gelu", "silu", "softplus", "tanh", "sigmoid", "relu6", "elu", "selu", "mish"), _keep),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "hardswish"), _keep),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax", "cumsum", "argmax"), _reduce),
+    **dict.fromkeys(("argmin", "topk", "sort", "max", "min", "var", "var_mean", "std", "logsumexp"), _reduce),
+    **dict.fromkeys(("any", "all", "norm", "linalg_vector_norm"), _reduce),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalise),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _view),
     **dict.fromkeys(("permute", "transpose", "t", "numpy_T", "mT"), _permute),
@@ -463,7 +464,9 @@ def _length_in(proof: Locality, node: Node) -> bool:
 
 
 def _floating(value: Any) -> bool:
-    return (isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())) or isinstance(value, (list, tuple))
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, (list, tuple))
 
 
 def _shape(node: Any) -> tuple[Any, ...]:

@@ -21,21 +21,20 @@ def projection_groups(graph: torch.fx.Graph, weights: dict[str, Tensor]) -> Grou
     """Names of projection weights (and biases) that read the same input, by the name of their packed form."""
     by_input: dict[Node, list[Node]] = {}
     for node in graph.nodes:
-        if node.target is torch.ops.aten.linear.default and node.args[1].op == "get_attr":
-            by_input.setdefault(node.args[0], []).append(node)
+        if node.target is torch.ops.aten.linear.default and all(n.op == "get_attr" for n in _parameters(node)):
+            by_input.setdefault(_input(node), []).append(node)
     groups: Groups = {}
     taken: set[int] = set()
     for nodes in by_input.values():
-        names = [str(n.args[1].target) for n in nodes]
-        biases = [str(n.args[2].target) for n in nodes if len(n.args) > 2 and n.args[2] is not None]
-        tensors = [weights[name] for name in [*names, *biases]]
+        names, biases = _names(nodes)
+        tensors = [weights[name] for name in (*names, *biases)]
         alike = len({(t.dtype, t.shape[1:]) for t in tensors[: len(names)]}) == 1 and len(biases) in (0, len(names))
         if len(nodes) < 2 or not alike or len({id(t) for t in tensors}) < len(tensors) or taken & {id(t) for t in tensors}:
             continue
         taken |= {id(t) for t in tensors}
         for part in (names, biases):
             if part:
-                groups[tuple(part)] = f"packed_{len(groups)}"
+                groups[part] = f"packed_{len(groups)}"
     return groups
 
 
@@ -45,12 +44,11 @@ def fuse_projections(module: torch.fx.GraphModule, groups: Groups) -> None:
     by_input: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if node.target is torch.ops.aten.linear.default:
-            by_input.setdefault(node.args[0], []).append(node)
+            by_input.setdefault(_input(node), []).append(node)
     for x, nodes in by_input.items():
-        names = tuple(str(n.args[1].target) for n in nodes)
+        names, biases = _names(nodes)
         if names not in groups:
             continue
-        biases = tuple(str(n.args[2].target) for n in nodes if len(n.args) > 2 and n.args[2] is not None)
         sizes = [_rows(module, name) for name in names]
         for part in filter(None, (names, biases)):
             module.register_buffer(groups[part], torch.empty(0, device="meta"))
@@ -66,6 +64,21 @@ def fuse_projections(module: torch.fx.GraphModule, groups: Groups) -> None:
         for node in nodes:
             graph.erase_node(node)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default)
+
+
+def _input(linear: Node) -> Node:
+    return linear.all_input_nodes[0]
+
+
+def _parameters(linear: Node) -> list[Node]:
+    """Weight and bias of a projection."""
+    return [n for n in linear.args[1:] if isinstance(n, Node)]
+
+
+def _names(nodes: list[Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the weights and of the biases of several projections."""
+    parameters = [[str(n.target) for n in _parameters(node)] for node in nodes]
+    return tuple(p[0] for p in parameters), tuple(p[1] for p in parameters if len(p) > 1)
 
 
 def _rows(module: torch.fx.GraphModule, name: str) -> int:

@@ -82,10 +82,9 @@ class DecodeEngine:
 
     def probe(self, chosen: Executor, state: DecoderState, ids: Tensor, length: int) -> Tensor:
         """Run one step of an executor as if `length` tokens had come before; the state is of no use afterwards."""
-        with torch.inference_mode():
-            self._write(state, ids, None, length, length + 1)
-            shared = self._shared(state, length, length + 1)
-            return _execute(chosen, shared, _named_states(self.graph, state), state, True)
+        self._write(state, ids, None, length, length + 1)
+        shared = self._shared(state, length, length + 1)
+        return _execute(chosen, shared, _named_states(self.graph, state), state, True)
 
     def rollback(self, state: DecoderState, columns: int) -> None:
         """Take back the last `columns` tokens of every row; recurrent states are recomputed from the nearest checkpoint."""
@@ -102,7 +101,7 @@ class DecodeEngine:
         names = self.graph.inputs
         state.tokens[names[0]][:, before:total] = ids
         if mask is not None and len(names) == 1 and not bool((mask != 0).all()):
-            raise GenerationError("the model takes no attention mask, so padded batches cannot be decoded; give rows of one length.")
+            raise GenerationError("the model takes no attention mask, so padded rows cannot be decoded; give rows of one length.")
         for name in names[1:]:
             state.tokens[name][:, before:total] = 1 if mask is None else mask
 

@@ -15,13 +15,15 @@ from subquad.runtime import one_token
 Node = torch.fx.Node
 NUMBERS = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")}
 FORMS = {f"one_token.{name}": getattr(one_token, name) for name in one_token.FORMS}
-ATEN = frozenset(
-    "to _to_copy clone contiguous alias detach dropout zeros_like ones_like full_like mean sum amax amin softmax log_softmax "
-    "_softmax cumsum layer_norm rms_norm view reshape _unsafe_view flatten unflatten permute transpose t mT full ones zeros "
-    "new_ones new_zeros new_full scalar_tensor split split_with_sizes chunk unbind linear addmm matmul mm bmm unsqueeze squeeze "
-    "slice arange expand cat select embedding index index_select index_copy_ sym_size relu gelu silu softplus tanh sigmoid "
-    "where argmax topk sort max min var logsumexp any all norm".split()
-)
+ATEN = frozenset({
+    "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "zeros_like", "ones_like", "full_like",
+    "mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax", "cumsum", "layer_norm", "rms_norm", "view",
+    "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "mT", "full", "ones", "zeros",
+    "new_ones", "new_zeros", "new_full", "scalar_tensor", "split", "split_with_sizes", "chunk", "unbind", "linear",
+    "addmm", "matmul", "mm", "bmm", "unsqueeze", "squeeze", "slice", "arange", "expand", "cat", "select",
+    "embedding", "index", "index_select", "index_copy_", "sym_size", "relu", "gelu", "silu", "softplus", "tanh",
+    "sigmoid", "where", "argmax", "topk", "sort", "max", "min", "var", "logsumexp", "any", "all", "norm",
+})  # fmt: skip
 """ATen operations beside the pointwise ones that a stored graph may hold; none touches files, memory or the process."""
 
 

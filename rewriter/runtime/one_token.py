@@ -77,7 +77,8 @@ def recur(
     window_v: Tensor, seen: Tensor, cu_seqlens: Tensor | None, spec: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The operator subquad::recurrence in its traceable form where it has one."""
-    arguments = (q, k, v, decay, beta, feature_q, feature_k, window_gate, valid, state, window_k, window_v, seen, cu_seqlens, spec)
+    learned, carried = (feature_q, feature_k, window_gate), (state, window_k, window_v, seen)
+    arguments = (q, k, v, decay, beta, *learned, valid, *carried, cu_seqlens, spec)
     form = recurrence_forms.recurrence_torch(*arguments)
     return torch.ops.subquad.recurrence.default(*arguments) if form is NotImplemented else form
 

@@ -1,0 +1,151 @@
+"""Decoding at batch 1: our decoder beside Hugging Face generate and llama.cpp, tokens per second, first token, memory."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import machine
+import torch
+
+import subquad
+
+PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
+
+
+def chat_ids(directory: Path) -> torch.Tensor:
+    """The prompt through the model's chat template, as ids [1, T]."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    chat = [{"role": "user", "content": PROMPT}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+
+
+def ours(made: object, ids: torch.Tensor, count: int) -> float:
+    """Tokens per second after the first."""
+    times = [time.perf_counter() for _ in made.generate(ids, max_new_tokens=count)]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def theirs(model: torch.nn.Module, ids: torch.Tensor, count: int) -> float:
+    """Tokens per second after the first of Hugging Face's generate with its cache."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):
+        times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    clock = Clock()
+    clock.times = []
+    with torch.inference_mode():
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=clock, use_cache=True)
+    return (len(clock.times) - 2) / (clock.times[-1] - clock.times[1])
+
+
+def steady(arguments: argparse.Namespace) -> None:
+    """Alternating runs of both, medians and their ratio, the physical limit beside them."""
+    from transformers import AutoModelForCausalLM
+
+    from subquad.incremental import decoder
+
+    directory = subquad.demo_weights()
+    ids = chat_ids(directory)
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    made = decoder(subquad.rewrite(model, passes="fuse", verify=False))
+    start = time.perf_counter()
+    made.compile()
+    ready = time.perf_counter() - start
+    pairs = [(ours(made, ids, arguments.tokens), theirs(peer, ids, arguments.tokens)) for _ in range(arguments.pairs + 1)][1:]
+    bytes_read = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    rate = machine.read_bandwidth()
+    print(f"one-token programs ready after {ready:.1f} s ({arguments.dtype}, {arguments.tokens} tokens, prompt of {ids.shape[1]})")
+    print("| decoder | tokens/s (median) | best |\n|---|---|---|")
+    for name, values in (("subquad", [a for a, _ in pairs]), ("Hugging Face generate, cache on", [b for _, b in pairs])):
+        print(f"| {name} | {statistics.median(values):.1f} | {max(values):.1f} |")
+    print(f"| limit: {bytes_read / 1e6:.0f} MB of weights at {rate / 1e9:.1f} GB/s | {rate / bytes_read:.1f} | |")
+    llama = llama_cpp(arguments.tokens)
+    print(f"| llama.cpp | {llama:.1f} | |" if llama else "| llama.cpp | not installed here | |")
+    print(f"median of the {len(pairs)} ratios: {statistics.median(a / b for a, b in pairs):.2f}x")
+
+
+def llama_cpp(count: int) -> float | None:
+    """Tokens per second of llama.cpp on the GGUF file of SUBQUAD_GGUF, made from the same tensors; None without it."""
+    path = os.environ.get("SUBQUAD_GGUF")
+    if path is None or importlib.util.find_spec("llama_cpp") is None:
+        return None
+    from llama_cpp import Llama
+
+    model = Llama(path, n_threads=torch.get_num_threads(), verbose=False)
+    times = [time.perf_counter() for _ in model(PROMPT, max_tokens=count, stream=True, temperature=0)]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+FIRST = """
+import resource, sys, time
+start = time.perf_counter()
+from subquad.text_generation import Sampling, open_for_generation, compile_decoder, decoder_of
+import torch
+loaded = open_for_generation(sys.argv[1])
+made = decoder_of(loaded.module)
+if sys.argv[2] == "compiled":
+    made.compile()
+ids = torch.tensor([[int(i) for i in sys.argv[3].split(",")]])
+stream = made.generate(ids, max_new_tokens=16)
+next(stream)
+first = time.perf_counter() - start
+list(stream)
+print(first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def first_token(ids: torch.Tensor) -> None:
+    """Seconds from process start to the first token, and peak memory: fallback, first run ever, later runs."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(subquad.demo_weights(), dtype=torch.bfloat16).eval()
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        subquad.save(subquad.rewrite(model, passes="fuse", verify=False), Path(folder) / "out")
+        del model
+        numbers = ",".join(map(str, ids[0].tolist()))
+        print("| start | first token (s) | peak memory (MB) | times the weights |\n|---|---|---|---|")
+        cache = os.environ | {"XDG_CACHE_HOME": folder}
+        for name, mode in (("fallback, nothing compiled", "plain"), ("first run ever, waiting for the compiler", "compiled"), ("later runs", "compiled")):
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", FIRST, str(Path(folder) / "out"), mode, numbers], env=cache, capture_output=True, text=True, check=True
+            )
+            seconds, peak = map(float, done.stdout.split()[-2:])
+            print(f"| {name} | {seconds:.1f} | {peak:.0f} | {peak / weights:.2f} |")
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--skip-first-token", action="store_true")
+    arguments = parser.parse_args()
+    print(machine.line())
+    steady(arguments)
+    if not arguments.skip_first_token:
+        first_token(chat_ids(subquad.demo_weights()))
+
+
+if __name__ == "__main__":
+    main()
