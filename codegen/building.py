@@ -20,7 +20,9 @@ SHARED_LIMITS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 *
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build made: the binary beside its source, shared memory, registers and spills (None where no tool tells), seconds."""
+    """What a build made: the binary beside its source, shared memory, registers and spills (None where no tool tells),
+    seconds.
+    """
 
     path: Path
     shared_bytes: int

@@ -32,7 +32,9 @@ def directory() -> Path:
 
 
 def store(text: str, name: str) -> Path:
-    """Write `text` to <name>_<hash of the text>.py in the cache, by a temporary file and a rename, unless it is there already."""
+    """Write `text` to <name>_<hash of the text>.py in the cache, by a temporary file and a rename, unless it is there
+    already.
+    """
     path = directory() / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:24]}.py"
     if not path.exists() or path.read_text() != text:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")

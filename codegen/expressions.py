@@ -112,7 +112,8 @@ def _load(name: str, indices: list[str]) -> str:
 
 
 def feature_blocks(texts: tuple[str, ...], x: str, suffix: str, precision: str) -> tuple[list[str], list[str]]:
-    """(assignments, names): Triton lines that compute each block phi of tile `x`, products with weights shared between blocks.
+    """(assignments, names): Triton lines that compute each block phi of tile `x`, products with weights shared
+    between blocks.
 
     Weight wN is the tile wN<suffix>; the real columns of block i are features<i> (a row mask), and the rest come out 0.
     """

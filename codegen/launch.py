@@ -1,4 +1,6 @@
-"""Runs generated kernels on tensors: picks the KernelSpec, imports its source, launches, and checks itself at first use."""
+"""Runs generated kernels on tensors: picks the KernelSpec, imports its source, launches, and checks itself at first
+use.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def provider(operator: str, given: dict[str, Any]) -> Any:
-    """The provider for subquad.kernels: outputs of `operator` by a generated kernel, or None if there is none that has proved right."""
+    """The provider for subquad.kernels: outputs of `operator` by a generated kernel, or None if there is none that has
+    proved right.
+    """
     q = given["q"]
     if q.device.type != "cuda" or q.dtype not in TOLERANCE or not importlib.util.find_spec("triton"):
         return None
@@ -48,7 +52,9 @@ def target_of(tensor: Tensor) -> str:
 
 
 def softmax_forward(given: dict[str, Any], block_q: int = 64, block_kv: int = 64) -> tuple[Tensor, Tensor]:
-    """subquad::softmax_attention by its Triton kernel; segments are joined first. Same arguments by name, same results."""
+    """subquad::softmax_attention by its Triton kernel; segments are joined first. Same arguments by name, same
+    results.
+    """
     what = SoftmaxSpec.parse(given["spec"])
     q, k, v = given["q"], given["k"], given["v"]
     check(q, k, v, given["rows"], given["lengths"], given["positions"])
@@ -162,7 +168,9 @@ def _sizes(operator: str, given: dict[str, Any]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _trusted(operator: str, device: int, dtype: torch.dtype, spec: str, sizes: tuple[int, ...]) -> bool:
-    """Run the kernel once on small random inputs against the fp64 reference; on disagreement or failure warn and never use it."""
+    """Run the kernel once on small random inputs against the fp64 reference; on disagreement or failure warn and never
+    use it.
+    """
     try:
         error = self_check(operator, f"cuda:{device}", dtype, spec, sizes)
     except Exception as failure:
@@ -173,14 +181,17 @@ def _trusted(operator: str, device: int, dtype: torch.dtype, spec: str, sizes: t
     if error <= TOLERANCE[dtype]:
         return True
     warnings.warn(
-        f"The Triton {operator} kernel differs from the reference by {error:.1e} on cuda:{device} in {dtype}; the torch form is used.",
+        f"The Triton {operator} kernel differs from the reference by {error:.1e} on cuda:{device} in {dtype}; "
+        "the torch form is used.",
         stacklevel=2,
     )
     return False
 
 
 def self_check(operator: str, device: str, dtype: torch.dtype, spec: str, sizes: tuple[int, ...]) -> float:
-    """Largest difference between kernel and fp64 reference on random inputs of these head sizes; NaN counts as infinite."""
+    """Largest difference between kernel and fp64 reference on random inputs of these head sizes; NaN counts as
+    infinite.
+    """
     generator = torch.Generator().manual_seed(0)
     width, value_width, hidden = sizes
 
@@ -192,7 +203,7 @@ def self_check(operator: str, device: str, dtype: torch.dtype, spec: str, sizes:
         what = SoftmaxSpec.parse(spec)
         ranks = softmax_template.ranks(what.mask)
         tables = [torch.randint(0, 2, (80,) * rank, generator=generator) for rank in ranks]
-        given: dict[str, Any] = dict.fromkeys(("rows", "lengths", "positions"), []) | {
+        given: dict[str, Any] = {key: [] for key in ("rows", "lengths", "positions")} | {
             "q": q, "k": [k], "v": [v], "q_positions": None, "bias": None, "sinks": None, "operands": tables,
             "scalars": [3] * softmax_template.scalar_count(what.mask), "spec": spec,
         }  # fmt: skip

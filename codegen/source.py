@@ -9,7 +9,9 @@ _TEMPLATES = {"softmax_attention": softmax_template, "recurrence": recurrence_te
 
 
 def emit(kernel_spec: KernelSpec) -> str:
-    """Triton source of the kernel, readable and complete; equal specs give equal text. Raises ValueError for what has no template."""
+    """Triton source of the kernel, readable and complete; equal specs give equal text. Raises ValueError for what has
+    no template.
+    """
     return _TEMPLATES[kernel_spec.op].source(kernel_spec)
 
 

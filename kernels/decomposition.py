@@ -13,7 +13,9 @@ from subquad.kernels.softmax_torch import softmax_attention_torch
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """Decomposition table {operator: torch form}; the forms keep sizes symbolic, and keep the operator where they have no form."""
+    """Decomposition table {operator: torch form}; the forms keep sizes symbolic, and keep the operator where they have
+    no form.
+    """
     return {
         torch.ops.subquad.softmax_attention.default: softmax_attention_torch,
         torch.ops.subquad.recurrence.default: recurrence_torch,

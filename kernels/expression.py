@@ -150,7 +150,8 @@ def table_indices(index: ast.expr) -> list[ast.expr]:
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str, grammar: str = "mask") -> Expression:
-    """Parse and check `text`; a grammar is "mask" (b, h, q, kv, s0.., t0[..]), "test" (block bounds) or "feature" (x, w0..).
+    """Parse and check `text`; a grammar is "mask" (b, h, q, kv, s0.., t0[..]), "test" (block bounds) or "feature" (x,
+    w0..).
 
     Raises ValueError naming the construct that is not in the language.
     """
@@ -168,7 +169,8 @@ def parse(text: str, grammar: str = "mask") -> Expression:
 def evaluate(text: str, env: Mapping[str, Value], grammar: str = "mask") -> Value:
     """Value of the expression under `env` (index tensors that broadcast, ints, tables as tensors, weights [.., K, F]).
 
-    A table index outside the table reads as 0 (False). Raises ValueError on a missing name or a wrong number of table indices.
+    A table index outside the table reads as 0 (False). Raises ValueError on a missing name or a wrong number of table
+    indices.
     """
     return evaluate_all((text,), env, grammar)[0]
 

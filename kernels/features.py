@@ -14,7 +14,9 @@ from subquad.kernels.spec import RecurrenceSpec
 
 
 def features(texts: Sequence[str], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """phi(x) [B, H, T, F] of x [B, H, T, K] with weights [H, K, F'] in x's dtype; blocks are concatenated on the last axis."""
+    """phi(x) [B, H, T, F] of x [B, H, T, K] with weights [H, K, F'] in x's dtype; blocks are concatenated on the last
+    axis.
+    """
     env: dict[str, Any] = {f"w{index}": weight.to(x.dtype) for index, weight in enumerate(weights)}
     blocks = evaluate_all(texts, env | {"x": x}, "feature")
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)

@@ -28,10 +28,11 @@ _ANYTHING = _Range(None, None)
 
 @functools.lru_cache(maxsize=4096)
 def block_tests(text: str) -> tuple[str, str]:
-    """Return (maybe, always), two expressions of the "test" grammar over q_lo, q_hi, kv_lo, kv_hi (inclusive bounds), b, h, s0.., t0[..].
+    """Return (maybe, always), two expressions of the "test" grammar over q_lo, q_hi, kv_lo, kv_hi (inclusive bounds),
+    b, h, s0.., t0[..].
 
-    Sound: where `maybe` is False no (q, kv) of the block satisfies `text`; where `always` is True all of them do. A table read at an
-    index that varies inside the block is unknown.
+    Sound: where `maybe` is False no (q, kv) of the block satisfies `text`; where `always` is True all of them do. A
+    table read at an index that varies inside the block is unknown.
     """
     maybe, always = _predicate(parse(text).node)
     return ast.unparse(maybe), ast.unparse(always)
@@ -166,7 +167,8 @@ def _negate(inner: _Range) -> _Range:
 
 def _arithmetic(op: ast.operator, left: _Range, right: _Range) -> _Range:
     if left.is_point and right.is_point:
-        assert left.low is not None and right.low is not None
+        assert left.low is not None
+        assert right.low is not None
         return _point(_binary(op, left.low, right.low))
     if isinstance(op, ast.Add):
         return _Range(_apply(op, left.low, right.low), _apply(op, left.high, right.high))
@@ -233,7 +235,8 @@ def _function(name: str, args: list[ast.expr]) -> _Range:
             return _Range(ast.Constant(0), None)
         negated = _minus(high)
         opposite = _minus(low)
-        assert negated is not None and opposite is not None
+        assert negated is not None
+        assert opposite is not None
         return _Range(_call("max", _call("max", low, negated), ast.Constant(0)), _call("max", high, opposite))
     lows, highs = [part.low for part in parts], [part.high for part in parts]
     return _Range(_limit(name, lows, drop=name == "max"), _limit(name, highs, drop=name == "min"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,9 @@ def recurrence_reference(
     spec: str,
     dtype: torch.dtype = torch.float64,
 ) -> Result:
-    """Arguments and meaning of the operator subquad::recurrence, computed in `dtype`; differentiable; outputs are not cast down."""
+    """Arguments and meaning of the operator subquad::recurrence, computed in `dtype`; differentiable; outputs are not
+    cast down.
+    """
     what = RecurrenceSpec.parse(spec)
     rows = []
     for row, (start, stop) in sequences(q, cu_seqlens):
@@ -55,7 +58,9 @@ def recurrence_reference(
 
 
 def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, tuple[int, int]]]:
-    """(index, (start, stop)) of each sequence: the batch rows, or the pieces of a packed row. Raises ValueError if both."""
+    """(index, (start, stop)) of each sequence: the batch rows, or the pieces of a packed row. Raises ValueError if
+    both.
+    """
     if cu_seqlens is None:
         return [(row, (0, q.shape[1])) for row in range(q.shape[0])]
     bounds = cu_seqlens.tolist()
@@ -63,7 +68,7 @@ def sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, tuple[int
         raise ValueError(
             f"recurrence got cu_seqlens {bounds} for q {list(q.shape)}; packed input has B = 1 and ends at T."
         )
-    return list(enumerate(zip(bounds[:-1], bounds[1:], strict=True)))
+    return list(enumerate(itertools.pairwise(bounds)))
 
 
 class _Sequence:

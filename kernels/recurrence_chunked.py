@@ -1,4 +1,6 @@
-"""Computes the undecayed additive recurrence with a window branch by chunks: linear time, batched products, symbolic sizes."""
+"""Computes the undecayed additive recurrence with a window branch by chunks: linear time, batched products, symbolic
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ from subquad.kernels.spec import RecurrenceSpec
 CHUNK = 64
 """Tokens per chunk; inputs known to be no longer than this are one chunk."""
 MATRIX_COUNT = 32
-"""Chunk counts up to which the prefix sum of states is a product with a triangle of ones, which moves less memory than cumsum."""
+"""Chunk counts up to which the prefix sum of states is a product with a triangle of ones, which moves less memory than
+cumsum.
+"""
 
 
 def supports(spec: RecurrenceSpec) -> bool:
-    """True for the axes this form has: causal, no decay, additive update, no window or a window with a shared denominator."""
+    """True for the axes this form has: causal, no decay, additive update, no window or a window with a shared
+    denominator.
+    """
     shared = spec.window == 0 or spec.branch == "shared"
     return spec.causal and spec.decay == "none" and spec.update == "add" and shared
 
@@ -45,9 +51,11 @@ def recurrence_chunked(
 ) -> Result:
     """The operator subquad::recurrence for specs that `supports` admits; O(T (chunk + window)) memory, traceable.
 
-    Let E be the window's history (w slots, oldest first) followed by the T new keys. Token i evicts E[i], its window is E[i+1 .. i+w]:
-    chunk c therefore needs the state over E[: cC], the keys E[cC : cC + C] under a triangle (linear) and E[cC : cC + C + w] under a band
-    (softmax). With p the softmax over the window, sum_W exp(s - max) is 1 / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves the masks to the band alone.
+    Let E be the window's history (w slots, oldest first) followed by the T new keys. Token i evicts E[i], its window
+    is E[i+1 .. i+w]: chunk c therefore needs the state over E[: cC], the keys E[cC : cC + C] under a triangle
+    (linear) and E[cC : cC + C + w] under a band (softmax). With p the softmax over the window, sum_W exp(s - max) is
+    1 / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves the masks to the
+    band alone.
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
@@ -105,7 +113,9 @@ def recurrence_chunked(
 
 
 def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last, from the start state and what each chunk adds [B, H, count, F, V + 1]."""
+    """States before each chunk and after the last, from the start state and what each chunk adds [B, H, count, F, V +
+    1].
+    """
     count = added.shape[2]
     if statically_known_true(count == 1):
         start = torch.zeros_like(added) if state is None else state.to(added.dtype)[:, :, None]
@@ -127,7 +137,9 @@ def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _windows(x: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
-    """Overlapping runs of chunk + window tokens, one per chunk: [B, count, .., chunk + window] of x [B, window + count * chunk, ..]."""
+    """Overlapping runs of chunk + window tokens, one per chunk: [B, count, .., chunk + window] of x [B, window + count
+    * chunk, ..].
+    """
     if isinstance(count, int) and count == 1:
         return x.movedim(1, -1).unsqueeze(1)
     return x.unfold(1, spec.window + chunk, chunk)
@@ -150,7 +162,9 @@ def _scores(query: Tensor, keys: Tensor, sinks: Tensor, count: Any, chunk: Any, 
 
 
 def _allowed(number: Tensor, past: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec, deep: bool) -> Tensor:
-    """Bool [1 or B, 1, count or 1, 1, chunk, sinks + chunk + window]: the key is in the row's window, or a sink already seen."""
+    """Bool [1 or B, 1, count or 1, 1, chunk, sinks + chunk + window]: the key is in the row's window, or a sink
+    already seen.
+    """
     row = torch.arange(chunk, device=number.device)[:, None]
     column = torch.arange(spec.window + chunk, device=number.device)[None, :]
     band = (column > row) & (column <= row + spec.window)

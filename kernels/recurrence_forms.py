@@ -39,9 +39,11 @@ def recurrence_torch(
     cu_seqlens: Tensor | None,
     spec: str,
 ) -> Result:
-    """The operator subquad::recurrence as traceable torch with symbolic sizes, where a traceable form exists; else NotImplemented.
+    """The operator subquad::recurrence as traceable torch with symbolic sizes, where a traceable form exists; else
+    NotImplemented.
 
-    NotImplemented, returned to a decomposition table, keeps the operator as it is: packed sequences, decays, delta and convex windows.
+    NotImplemented, returned to a decomposition table, keeps the operator as it is: packed sequences, decays, delta
+    and convex windows.
     """
     what = RecurrenceSpec.parse(spec)
     if cu_seqlens is not None or not (supports(what) or not what.causal):
@@ -74,7 +76,9 @@ def forward(arguments: Arguments) -> Result:
 
 
 def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of every floating input that is present, in the order of `differentiable`, for grads of (o, state, window_k, window_v)."""
+    """Gradients of every floating input that is present, in the order of `differentiable`, for grads of (o, state,
+    window_k, window_v).
+    """
     what = RecurrenceSpec.parse(arguments["spec"])
     if arguments["q"].shape[1] and arguments["cu_seqlens"] is None and supports(what):
         return _blocks_backward(arguments, what, grads)
@@ -146,7 +150,10 @@ def _in_blocks(arguments: Arguments, what: RecurrenceSpec) -> Result:
         part, *carry = _run_block(_block(arguments, start, stop, carry), what, deep)
         out[:, start:stop] = part
     state, window_k, window_v, seen = carry
-    assert state is not None and window_k is not None and window_v is not None and seen is not None
+    assert state is not None
+    assert window_k is not None
+    assert window_v is not None
+    assert seen is not None
     return out, state, window_k, window_v, seen
 
 

@@ -1,4 +1,6 @@
-"""Arranges the tokens of a windowed recurrence: padding out, window history in front, sinks aside; and undoes it afterwards."""
+"""Arranges the tokens of a windowed recurrence: padding out, window history in front, sinks aside; and undoes it
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from subquad.kernels.spec import RecurrenceSpec
 
 @dataclass(frozen=True)
 class Layout:
-    """q, k, v with valid tokens first; keys and values [B, window + T, Hkv, *]: window history (oldest first), then the tokens.
+    """q, k, v with valid tokens first; keys and values [B, window + T, Hkv, *]: window history (oldest first), then
+    the tokens.
 
-    sinks_k, sinks_v [B, sinks, Hkv, *] after the tokens filled free slots; past [1 or B] valid tokens before; live: valid tokens of each
-    row, T or [B, 1]; order [B, T] and valid [B, T] where there was padding. keys, values and sinks are in the compute dtype.
+    sinks_k, sinks_v [B, sinks, Hkv, *] after the tokens filled free slots; past [1 or B] valid tokens before; live:
+    valid tokens of each row, T or [B, 1]; order [B, T] and valid [B, T] where there was padding. keys, values and
+    sinks are in the compute dtype.
     """
 
     q: Tensor

@@ -65,15 +65,16 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Recurrence over q [B, T, H, K], k [B, T, Hkv, K], v [B, T, Hkv, V] with an optional window softmax branch.
 
-    decay: log decays [H], [B, T, H] or [B, T, H, F]; beta [B, T, H] for the delta update. feature_q, feature_k: weights w0.. [H, K, F'] of
-    the feature map. window_gate: [H] logit of gamma. valid: bool [B, T]; an invalid token contributes nothing, advances nothing and
-    outputs 0. state [B, H, F, V + 1], window_k and window_v [B, sinks + window, Hkv, K|V], seen int64 [B]: what an earlier call returned.
-    cu_seqlens: int64 [N + 1] bounds of sequences packed into B = 1. spec: RecurrenceSpec.json().
+    decay: log decays [H], [B, T, H] or [B, T, H, F]; beta [B, T, H] for the delta update. feature_q, feature_k:
+    weights w0.. [H, K, F'] of the feature map. window_gate: [H] logit of gamma. valid: bool [B, T]; an invalid token
+    contributes nothing, advances nothing and outputs 0. state [B, H, F, V + 1], window_k and window_v [B, sinks +
+    window, Hkv, K|V], seen int64 [B]: what an earlier call returned. cu_seqlens: int64 [N + 1] bounds of sequences
+    packed into B = 1. spec: RecurrenceSpec.json().
 
-    Returns o [B, T, H, V] in q's dtype, state in fp32 (fp64 for fp64 inputs) whose last column sums phi(k), window_k, window_v and seen.
-    Window buffer: the first `sinks` valid tokens, then a ring where token n sits in slot sinks + (n - sinks) % window; free slots are 0.
-    Calls compose: prefix, then rest with its state, equals one call.
-    Source: LoLCATs (2410.10254) with a sliding window and attention sinks; conventions of flash-linear-attention.
+    Returns o [B, T, H, V] in q's dtype, state in fp32 (fp64 for fp64 inputs) whose last column sums phi(k), window_k,
+    window_v and seen. Window buffer: the first `sinks` valid tokens, then a ring where token n sits in slot sinks +
+    (n - sinks) % window; free slots are 0. Calls compose: prefix, then rest with its state, equals one call. Source:
+    LoLCATs (2410.10254) with a sliding window and attention sinks; conventions of flash-linear-attention.
     """
     arguments = dict(
         zip(

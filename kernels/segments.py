@@ -14,7 +14,9 @@ from subquad.kernels.expression import evaluate
 
 @dataclass(frozen=True)
 class Keys:
-    """k [B, N, Hkv, K], v [B, N, Hkv, V], position [1 or B, N] of each slot, live [B, N] bool or None where every slot is live."""
+    """k [B, N, Hkv, K], v [B, N, Hkv, V], position [1 or B, N] of each slot, live [B, N] bool or None where every slot
+    is live.
+    """
 
     k: Tensor
     v: Tensor
@@ -45,7 +47,8 @@ def check(
     for index, (key, value) in enumerate(zip(k, v, strict=True)):
         if key.dim() != 4 or value.dim() != 4 or key.shape[2] != value.shape[2] or key.shape[3] != q.shape[3]:
             raise ValueError(
-                f"softmax_attention got segment {index} with k {list(key.shape)} and v {list(value.shape)} for q {list(q.shape)}; "
+                f"softmax_attention got segment {index} with k {list(key.shape)} and v {list(value.shape)} "
+                f"for q {list(q.shape)}; "
                 "they must be [Bs, Ts, Hkv, K] and [Bs, Ts, Hkv, V] with q's K."
             )
     if q.shape[2] % k[0].shape[2]:

@@ -33,7 +33,8 @@ def softmax_attention_backward(
 ) -> list[Tensor]:
     """Gradients [q, *k, *v, bias if given, sinks if given] for grad_o [B, Tq, H, V] and grad_lse [B, Tq, H] (or [0]).
 
-    dS = P * (dP - rowsum(P * dP) + dlse), the identity of FlashAttention (2205.14135) with the log-sum-exp as a second output.
+    dS = P * (dP - rowsum(P * dP) + dlse), the identity of FlashAttention (2205.14135) with the log-sum-exp as a
+    second output.
     """
     what = SoftmaxSpec.parse(spec)
     keys = join(k, v, rows, lengths, positions)

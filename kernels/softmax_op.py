@@ -31,16 +31,18 @@ def softmax_attention(
     scalars: Sequence[int],
     spec: str,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of q [B, Tq, H, K] over key/value segments [Bs, Ts, Hkv, K|V] (query head h reads KV head h // (H / Hkv)).
+    """Softmax attention of q [B, Tq, H, K] over key/value segments [Bs, Ts, Hkv, K|V] (query head h reads KV head h
+    // (H / Hkv)).
 
-    rows: [] or an int64 [B] per segment, the segment row each query row reads. lengths: [] or an int64 [B] per segment, its live slots.
-    positions: [] or an int64 [Bs, Ts] per segment, the logical index `kv` of each slot; by default slots count on from the live length of
-    the segments before. q_positions: int64 [B, Tq] or None for arange. bias: broadcastable to [B, H, Tq, sum Ts], added after scale and
-    softcap. sinks: [H], one more logit per head without a value. operands, scalars: the t0.. and s0.. the mask predicate reads.
-    spec: SoftmaxSpec.json().
+    rows: [] or an int64 [B] per segment, the segment row each query row reads. lengths: [] or an int64 [B] per
+    segment, its live slots. positions: [] or an int64 [Bs, Ts] per segment, the logical index `kv` of each slot; by
+    default slots count on from the live length of the segments before. q_positions: int64 [B, Tq] or None for arange.
+    bias: broadcastable to [B, H, Tq, sum Ts], added after scale and softcap. sinks: [H], one more logit per head
+    without a value. operands, scalars: the t0.. and s0.. the mask predicate reads. spec: SoftmaxSpec.json().
 
-    Returns o [B, Tq, H, V] in q's dtype and, if spec.lse, the natural log-sum-exp [B, Tq, H] in fp32 (fp64 for fp64 inputs), sink
-    included, -inf for a row without visible key; else an empty tensor. Raises ValueError on arguments that do not fit.
+    Returns o [B, Tq, H, V] in q's dtype and, if spec.lse, the natural log-sum-exp [B, Tq, H] in fp32 (fp64 for fp64
+    inputs), sink included, -inf for a row without visible key; else an empty tensor. Raises ValueError on arguments
+    that do not fit.
     """
     arguments = (q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec)
     if q.device.type == "cpu":

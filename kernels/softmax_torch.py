@@ -23,7 +23,9 @@ def grouped(mask: Tensor, kv_heads: int) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, spec: SoftmaxSpec, visible: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Scores [B, Hkv, G, Tq, N] of q [B, Tq, H, K] and k [B, N, Hkv, K]: scaled, capped, biased, -inf where not visible."""
+    """Scores [B, Hkv, G, Tq, N] of q [B, Tq, H, K] and k [B, N, Hkv, K]: scaled, capped, biased, -inf where not
+    visible.
+    """
     kv_heads = k.shape[2]
     dtype = compute_dtype(q, k)
     rows = (q.to(dtype) * spec.scale).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -38,7 +40,9 @@ def scores(q: Tensor, k: Tensor, spec: SoftmaxSpec, visible: Tensor | None, bias
 def dense_state(
     q: Tensor, k: Tensor, v: Tensor, spec: SoftmaxSpec, visible: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(o [B, Tq, H, V], lse [B, Tq, H]) in the compute dtype over these keys, sinks left out; an empty row gives (0, -inf)."""
+    """(o [B, Tq, H, V], lse [B, Tq, H]) in the compute dtype over these keys, sinks left out; an empty row gives (0,
+    -inf).
+    """
     score = scores(q, k, spec, visible, bias)
     if guard_or_false(k.shape[1] == 0):
         shape = (*q.shape[:3],)
@@ -54,7 +58,9 @@ def dense_state(
 
 
 def finish(o: Tensor, lse: Tensor, keys: Keys, sinks: Tensor | None, spec: SoftmaxSpec) -> tuple[Tensor, Tensor]:
-    """Add the sinks to a state and give rows without a key the output spec.empty_rows asks for; o in lse's dtype or lower."""
+    """Add the sinks to a state and give rows without a key the output spec.empty_rows asks for; o in lse's dtype or
+    lower.
+    """
     if sinks is not None:
         whole = torch.logaddexp(lse, sinks.to(lse.dtype).expand_as(lse))
         return o * torch.exp(lse - whole)[..., None], whole
@@ -91,7 +97,9 @@ def softmax_attention_torch(
     scalars: Sequence[int],
     spec: str,
 ) -> tuple[Tensor, Tensor]:
-    """The operator subquad::softmax_attention in traceable torch: query heads of a KV group folded into rows, O(Tq N) memory."""
+    """The operator subquad::softmax_attention in traceable torch: query heads of a KV group folded into rows, O(Tq N)
+    memory.
+    """
     what = SoftmaxSpec.parse(spec)
     check(q, k, v, rows, lengths, positions)
     keys = join(k, v, rows, lengths, positions)

@@ -66,8 +66,9 @@ class _Canonical:
 class SoftmaxSpec(_Canonical):
     """One softmax attention: scores are softcap(scale * q.k) + bias where `mask` (expression over b, h, q, kv) holds.
 
-    empty_rows is the output of a row with no visible key: 0 as SDPA gives, the mean of the row's live V as masks of finfo.min give, or
-    NaN as unguarded -inf masks give; with sinks such a row is always 0. lse asks for the log-sum-exp, which includes the sink.
+    empty_rows is the output of a row with no visible key: 0 as SDPA gives, the mean of the row's live V as masks of
+    finfo.min give, or NaN as unguarded -inf masks give; with sinks such a row is always 0. lse asks for the log-sum-
+    exp, which includes the sink.
     """
 
     scale: float
@@ -92,13 +93,14 @@ class SoftmaxSpec(_Canonical):
 class RecurrenceSpec(_Canonical):
     """One recurrence S <- decay * S + phi(k) v with an optional window softmax branch.
 
-    feature_map: expressions over x ([..., K]) and w0.., concatenated on the feature axis, applied to unscaled q and k.
-    decay: none, "head" ([H] log decays), "token" ([B, T, H]) or "channel" ([B, T, H, F]). update: "add" or "delta" (beta [B, T, H]).
-    normaliser: "none", "sum" (divide by phi(q).sum phi(k)), "rms" or "group" (over V, no weights, eps 1e-6); `scale` multiplies the
-    window's scores, and the linear output unless the normaliser is "sum".
-    branch "shared": keys in the window (last `window` valid tokens, self included, plus the first `sinks`) enter by softmax, all others
-    through the state, under one denominator (LoLCATs, 2410.10254). branch "convex": gamma * softmax over the window + (1 - gamma) * the
-    recurrence over all keys. Without a window_gate gamma is 1 (shared) or 1/2 (convex).
+    feature_map: expressions over x ([..., K]) and w0.., concatenated on the feature axis, applied to unscaled q and
+    k. decay: none, "head" ([H] log decays), "token" ([B, T, H]) or "channel" ([B, T, H, F]). update: "add" or "delta"
+    (beta [B, T, H]). normaliser: "none", "sum" (divide by phi(q).sum phi(k)), "rms" or "group" (over V, no weights,
+    eps 1e-6); `scale` multiplies the window's scores, and the linear output unless the normaliser is "sum". branch
+    "shared": keys in the window (last `window` valid tokens, self included, plus the first `sinks`) enter by softmax,
+    all others through the state, under one denominator (LoLCATs, 2410.10254). branch "convex": gamma * softmax over
+    the window + (1 - gamma) * the recurrence over all keys. Without a window_gate gamma is 1 (shared) or 1/2
+    (convex).
     """
 
     feature_map: tuple[str, ...]
@@ -136,5 +138,6 @@ class RecurrenceSpec(_Canonical):
             raise ValueError("RecurrenceSpec.causal is False; then window must be 0, decay 'none' and update 'add'.")
         if self.window and self.branch == "shared" and (self.normaliser != "sum" or self.update != "add"):
             raise ValueError(
-                f"RecurrenceSpec has normaliser {self.normaliser!r} and update {self.update!r}; a shared window branch needs 'sum' and 'add'."
+                f"RecurrenceSpec has normaliser {self.normaliser!r} and update {self.update!r}; "
+                "a shared window branch needs 'sum' and 'add'."
             )

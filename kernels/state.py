@@ -11,8 +11,9 @@ from torch import Tensor
 def merge(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, Tensor]:
     """State of the union of two disjoint key sets: o [..., V], lse [...] natural log, -inf for an empty set.
 
-    Associative and commutative with neutral element (0, -inf); the merge of two empty states is that element, never NaN. The output
-    keeps o1's dtype, the weights are computed in lse's dtype. Source: online softmax (Milakov and Gimelshein 2018); Hydragen (2402.05099).
+    Associative and commutative with neutral element (0, -inf); the merge of two empty states is that element, never
+    NaN. The output keeps o1's dtype, the weights are computed in lse's dtype. Source: online softmax (Milakov and
+    Gimelshein 2018); Hydragen (2402.05099).
     """
     top = torch.maximum(l1, l2)
     base = torch.where(top == -torch.inf, torch.zeros_like(top), top)
@@ -26,7 +27,9 @@ def merge(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, Tenso
 
 
 def merge_all(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge any positive number of states, kept in lse's precision until the last. Raises ValueError if there is none or counts differ."""
+    """Merge any positive number of states, kept in lse's precision until the last. Raises ValueError if there is none
+    or counts differ.
+    """
     if not outputs or len(outputs) != len(lses):
         raise ValueError(
             f"merge_all got {len(outputs)} outputs and {len(lses)} lse tensors; give one lse for each of at least one output."

@@ -1,5 +1,7 @@
 """Tests the recurrence: chunks and steps against the token-by-token fp64 definition, and that against independent formulas."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def close(got, wanted, tolerance=1e-10):
 
 def in_pieces(arguments, cuts, form=recurrence):
     outs, bounds = [], [0, *sorted(cuts), arguments["q"].shape[1]]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         tokens = {
             name: arguments[name] if arguments[name] is None else arguments[name][:, start:stop]
             for name in ("q", "k", "v", "valid")

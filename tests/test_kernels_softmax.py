@@ -135,7 +135,8 @@ def test_merge_over_any_partition_is_the_whole(sizes, magnitude, seed):
 
 def test_merge_of_two_empty_states_is_empty():
     o, lse = merge(torch.zeros(2, 3), torch.full((2,), -torch.inf), torch.zeros(2, 3), torch.full((2,), -torch.inf))
-    assert (o == 0).all() and (lse == -torch.inf).all()
+    assert (o == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize(
