@@ -70,12 +70,14 @@ def steady(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     made.compile()
     ready = time.perf_counter() - start
-    pairs = [(ours(made, ids, arguments.tokens), theirs(peer, ids, arguments.tokens)) for _ in range(arguments.pairs + 1)][1:]
-    bytes_read = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    count = arguments.tokens
+    pairs = [(ours(made, ids, count), theirs(peer, ids, count)) for _ in range(arguments.pairs + 1)][1:]
+    bytes_read = sum(p.numel() * p.element_size() for p in model.parameters())
     rate = machine.read_bandwidth()
     print(f"one-token programs ready after {ready:.1f} s ({arguments.dtype}, {arguments.tokens} tokens, prompt of {ids.shape[1]})")
     print("| decoder | tokens/s (median) | best |\n|---|---|---|")
-    for name, values in (("subquad", [a for a, _ in pairs]), ("Hugging Face generate, cache on", [b for _, b in pairs])):
+    both = {"subquad": [a for a, _ in pairs], "Hugging Face generate, cache on": [b for _, b in pairs]}
+    for name, values in both.items():
         print(f"| {name} | {statistics.median(values):.1f} | {max(values):.1f} |")
     print(f"| limit: {bytes_read / 1e6:.0f} MB of weights at {rate / 1e9:.1f} GB/s | {rate / bytes_read:.1f} | |")
     llama = llama_cpp(arguments.tokens)
@@ -125,10 +127,14 @@ def first_token(ids: torch.Tensor) -> None:
         numbers = ",".join(map(str, ids[0].tolist()))
         print("| start | first token (s) | peak memory (MB) | times the weights |\n|---|---|---|---|")
         cache = os.environ | {"XDG_CACHE_HOME": folder}
-        for name, mode in (("fallback, nothing compiled", "plain"), ("first run ever, waiting for the compiler", "compiled"), ("later runs", "compiled")):
-            done = subprocess.run(
-                [sys.executable, "-P", "-c", FIRST, str(Path(folder) / "out"), mode, numbers], env=cache, capture_output=True, text=True, check=True
-            )
+        starts = {
+            "fallback, nothing compiled": "plain",
+            "first run ever, waiting for the compiler": "compiled",
+            "later runs": "compiled",
+        }
+        for name, mode in starts.items():
+            command = [sys.executable, "-P", "-c", FIRST, str(Path(folder) / "out"), mode, numbers]
+            done = subprocess.run(command, env=cache, capture_output=True, text=True, check=True)
             seconds, peak = map(float, done.stdout.split()[-2:])
             print(f"| {name} | {seconds:.1f} | {peak:.0f} | {peak / weights:.2f} |")
 

@@ -37,7 +37,7 @@ def cut(module: torch.fx.GraphModule, shared: Sequence[str]) -> Schedule:
     if not cuts:
         return _whole(module, shared)
     pieces = [_Piece(module, main, start, end) for start, end in itertools.pairwise(cuts)]
-    groups = _grouped([piece.key for piece in pieces])
+    groups = _grouped([piece.key for piece in pieces], [bool(piece.states) for piece in pieces])
     if len(groups) > 1 and not any(piece.states for piece in pieces[: groups[0][1]]):
         cuts = cuts[groups[0][1] :]
         groups = [(a - groups[0][1], b - groups[0][1]) for a, b in groups[1:]]
@@ -240,8 +240,11 @@ def _entry(module: torch.fx.GraphModule, first: Node, sides: list[Node]) -> Prog
     return program
 
 
-def _grouped(keys: list[str]) -> list[tuple[int, int]]:
-    """Ranges of pieces: the repetition that covers most pieces, one range a period; what lies before and behind, one each."""
+def _grouped(keys: list[str], stateful: list[bool]) -> list[tuple[int, int]]:
+    """Ranges of pieces: the repetition that covers most pieces, one range a period.
+
+    What lies before and behind is cut by the same period as far as it has state; the rest before and behind is one range.
+    """
     best = (0, 0, 0, 0)
     total = len(keys)
     for period in range(1, total // 2 + 1):
@@ -256,8 +259,14 @@ def _grouped(keys: list[str]) -> list[tuple[int, int]]:
     if not covered:
         return [(0, total)]
     ranges = [(start + i * period, start + (i + 1) * period) for i in range(repeats)]
-    before = [(0, start)] if start else []
-    behind = [(start + covered, total)] if start + covered < total else []
+    first = next((n for n in range(start) if stateful[n]), start)
+    while ranges[0][0] > first:
+        ranges.insert(0, (max(0, ranges[0][0] - period), ranges[0][0]))
+    last = max((n for n in range(total) if stateful[n]), default=-1)
+    while ranges[-1][1] <= last:
+        ranges.append((ranges[-1][1], min(total, ranges[-1][1] + period)))
+    before = [(0, ranges[0][0])] if ranges[0][0] else []
+    behind = [(ranges[-1][1], total)] if ranges[-1][1] < total else []
     return [*before, *ranges, *behind]
 
 
