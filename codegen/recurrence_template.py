@@ -16,7 +16,7 @@ o = ($numerator) / (the same with v -> 1)
 W: the last $window keys, self included, and the first $sinks; L: all earlier keys. phi sees unscaled q and k.
 One program owns one head and $value_block value columns and walks the tokens in chunks of $chunk, its state in
 registers; keys come with
- their $window predecessors in front (joined), so that token i evicts joined[i] and sees joined[i + 1 .. i + $window].
+their $window predecessors in front (joined), so that token i evicts joined[i] and sees joined[i + 1 .. i + $window].
 """
 
 import triton
