@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS, help="train this model alone")
     parser.add_argument("--work", type=Path, default=Path("build/bench_lolcats"), help="where results and states are kept")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a conversion setting")
     arguments = parser.parse_args()
     if "SUBQUAD_DATA" not in os.environ:
         raise SystemExit(f"bench_lolcats: set SUBQUAD_DATA to the directory that holds {TRAIN}, {VALID} and {OTHER}.")
@@ -139,7 +140,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     data = Path(os.environ["SUBQUAD_DATA"])
     arguments.work.mkdir(parents=True, exist_ok=True)
-    settings = Settings(tokens=arguments.tokens, held_out=arguments.measure)
+    changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in arguments.set)}
+    settings = Settings(tokens=arguments.tokens, held_out=arguments.measure, **changes)
     print(machine.line())
     print(f"budget {settings.used_tokens} tokens; length {settings.length}; {json.dumps(settings.json())}")
     results = {}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,17 @@ def test_peft_reads_the_saved_adapter(tiny_llama: Path, text: Path, tmp_path: Pa
     original = PeftModel.from_pretrained(open_tiny(tiny_llama), str(tmp_path / "out" / "adapter")).merge_and_unload()
     want = fast.model.layers[1].self_attn.o_proj.weight
     torch.testing.assert_close(original.model.layers[1].self_attn.o_proj.weight, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiling_changes_speed_alone(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    results = []
+    for compile_it in (False, True):
+        fast = rewritten(tiny_llama)
+        settings = replace(SMALL, compile=compile_it)
+        subquad.convert(fast, text=text, tokens=1024, out=tmp_path / str(compile_it), settings=settings)
+        results.append(fast.report.conversion[-1])
+    assert results[0]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-2)
 
 
 CHILD = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,16 @@ class TrainingModel(ABC):
 
 def training_form(compile_it: bool) -> Form:
     """The differentiable full-sequence form, compiled for fixed sizes when asked."""
-    return torch.compile(recurrence_training, dynamic=False) if compile_it else recurrence_training
+    if not compile_it:
+        return recurrence_training
+    compiled = torch.compile(recurrence_training, dynamic=False)
+
+    def quiet(*arguments: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+            return compiled(*arguments)
+
+    return quiet
 
 
 def training_sites(record: Rewritten, form: Form) -> list[TrainingSite]:
