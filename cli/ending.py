@@ -41,14 +41,13 @@ def run(arguments: Sequence[str]) -> int:
         place = f" {error.filename}" if error.filename else ""
         return _say(f"{error.strerror or error}:{place}." if place else f"{error.strerror or error}.", MISTAKE, error)
     except Exception as error:
-        from subquad.ir.errors import SubquadError
+        from subquad.ir.errors import SubquadError, first_line
 
         if isinstance(error, SubquadError):
             stopped = isinstance(error.__cause__, KeyboardInterrupt)
             return _say(str(error), INTERRUPTED if stopped else MISTAKE, error)
-        text = (str(error).strip() or "no message").splitlines()[0][:300]
         return _say(
-            f"this is a defect of subquad ({type(error).__name__}: {text.rstrip('.')}); SUBQUAD_TRACEBACK=1 shows where.",
+            f"this is a defect of subquad ({type(error).__name__}: {first_line(error)}); SUBQUAD_TRACEBACK=1 shows where.",
             BUG,
             error,
         )

@@ -19,9 +19,7 @@ from subquad.cli import options
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the chat template.")
 @click.option("--engine", type=click.Choice(["auto", "subquad", "transformers"]), default="auto", show_default=True)
-@click.option(
-    "--wait", is_flag=True, help="Compile the decoder before the first token (about a minute, once per model)."
-)
+@click.option("--no-compile", is_flag=True, help="Do not compile the decoder; it takes a minute, once per model.")
 @options.opening
 @options.as_json
 def command(
@@ -34,7 +32,7 @@ def command(
     seed: int | None,
     raw: bool,
     engine: str,
-    wait: bool,
+    no_compile: bool,
     trust: bool,
     dtype: str,
     attention: str | None,
@@ -42,29 +40,30 @@ def command(
 ) -> None:
     """Answer a prompt with OUT (or any MODEL): text on stdout as it comes, speed on stderr."""
     from subquad.cli import printing
-    from subquad.text_generation import Sampling, compile_decoder, generate_text, open_for_generation
+    from subquad.text_generation import Compiling, Sampling, generate_text, open_for_generation
 
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = open_for_generation(out, trust=trust, dtype=dtype, attention=attention, engine=engine)
-    if wait:
-        why = compile_decoder(loaded.module)
-        if why is not None:
-            click.echo(f"note: {why}", err=True)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
+    compiling = None if no_compile or engine == "transformers" else Compiling(loaded.module)
     result = generate_text(loaded, text, sampling, raw=raw, engine=engine, on_text=None if as_json else show)
     if as_json:
         printing.print_json(result.json())
-        return
-    print()
-    for note in result.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(
-        f"{len(result.tokens)} tokens, first after {result.first_token_seconds:.2f} s, then "
-        f"{result.tokens_per_second:.1f} tokens/s ({result.engine})",
-        err=True,
-    )
+    else:
+        print()
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(
+            f"{len(result.tokens)} tokens, first after {result.first_token_seconds:.2f} s, then "
+            f"{result.tokens_per_second:.1f} tokens/s ({result.engine})",
+            err=True,
+        )
+    sys.stdout.flush()
+    why = compiling.wait() if compiling is not None and result.engine == "subquad" else None
+    if why is not None:
+        click.echo(f"note: {why}", err=True)

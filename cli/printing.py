@@ -22,9 +22,17 @@ if TYPE_CHECKING:
     from subquad.speed import Comparison
 
 
+class _Console(Console):
+    """A console that leaves a broken pipe to the caller, which ends with the shell's own status for it."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that rich would turn into exit status 1."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """The console on stdout; in a pipe lines are wide and plain."""
-    return Console() if sys.stdout.isatty() else Console(width=180, no_color=True)
+    return _Console() if sys.stdout.isatty() else _Console(width=180, no_color=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from subquad.ir.errors import ModelSourceError
+from subquad.ir.errors import ModelSourceError, first_line
 from subquad.progress import progress
 from subquad.tokenization import TextCodec
 
@@ -39,9 +39,8 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, TextCode
             advance(0, "reading the tokenizer")
             codec = _codec(path, model)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelSourceError(
-            f"{path} cannot be read as a GGUF model ({first}); it may be torn: fetch it again."
+            f"{path} cannot be read as a GGUF model ({first_line(error)}); it may be torn: fetch it again."
         ) from error
     _clean(model, path, dtype)
     return model.eval(), codec

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from subquad.checkpoint_files import check_directory
-from subquad.ir.errors import ModelSourceError, SubquadError, TrustError
+from subquad.ir.errors import ModelSourceError, SubquadError, TrustError, first_line
 from subquad.tokenization import TextCodec, read_codec, read_json
 
 
@@ -45,7 +45,7 @@ def open_hub(
         raise
     except Exception as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        cause = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {_first_line(error)}"
+        cause = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {first_line(error)}"
         raise ModelSourceError(
             f"{name} is neither a path here nor in the local hub cache, and it cannot be fetched ({cause})."
         ) from error
@@ -76,7 +76,7 @@ def _load(
     try:
         module, loading = known.from_pretrained(directory, **options)
     except Exception as error:
-        raise ModelSourceError(f"transformers cannot load {shown}: {_first_line(error)}.") from error
+        raise ModelSourceError(f"transformers cannot load {shown}: {first_line(error)}.") from error
     finally:
         if shown_bars:
             logging.enable_progress_bar()
@@ -101,7 +101,3 @@ def _converted_codec(directory: str) -> TextCodec | None:
     special = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
     eos = () if loaded.eos_token_id is None else (int(loaded.eos_token_id),)
     return TextCodec(tokenizer, loaded.chat_template, eos, special)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from subquad.huggingface_directory import open_directory, open_hub
-from subquad.ir.errors import ModelSourceError, SubquadError, TrustError, did_you_mean
+from subquad.ir.errors import ModelSourceError, SubquadError, TrustError, did_you_mean, first_line
 from subquad.packaged_weights import demo_weights
 from subquad.tokenization import TextCodec
 
@@ -61,9 +61,9 @@ def open_model(
 
     spec: a directory in Hugging Face format or as `subquad.save` wrote it, a .gguf file, a .pt2 program,
     `path/to/file.py:factory`, a hub id such as `owner/name`, or `smollm2`.  trust: required for sources that are code
-    (.pt2, file.py:factory, a directory with its own modelling code).  dtype: "auto" (as stored), "fp32", "bf16", "fp16" or "fp64".  attention: "eager" or "sdpa", the
-    spelling that a Hugging Face model uses; None is its default.  plain: of what `subquad.save` wrote, open the model
-    without its rewrites.
+    (.pt2, file.py:factory, a directory with its own modelling code).  dtype: "auto" (as stored), "fp32", "bf16", "fp16" or
+    "fp64".  attention: "eager" or "sdpa", the spelling that a Hugging Face model uses; None is its default.  plain: of
+    what `subquad.save` wrote, open the model without its rewrites.
     Raises ModelSourceError (missing, torn or unknown), TrustError (code without trust).
     """
     if dtype not in DTYPES:
@@ -159,9 +159,8 @@ def _program(path: Path, trust: bool) -> LoadedModel:
     try:
         program = torch.export.load(str(path))
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelSourceError(
-            f"{path} cannot be loaded as an exported program ({first}); it may be torn, or need its model's package imported."
+            f"{path} cannot be loaded as an exported program ({first_line(error)}); it may be torn, or need its model's package imported."
         ) from error
     return LoadedModel(program, program.example_inputs, None, "program", str(path))
 
@@ -211,5 +210,4 @@ def _where(error: Exception, path: Path) -> str:
     if isinstance(error, SyntaxError):
         line = error.lineno
     place = f"at line {line}: " if line is not None else ""
-    text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
-    return f"{place}{type(error).__name__}: {text}"
+    return f"{place}{type(error).__name__}: {first_line(error)}"

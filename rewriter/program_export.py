@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from subquad.application import Rewritten
 from subquad.environment import versions
-from subquad.ir.errors import ArtifactError
+from subquad.ir.errors import ArtifactError, first_line
 
 
 def exported(record: Rewritten) -> ExportedProgram:
@@ -26,8 +26,7 @@ def exported(record: Rewritten) -> ExportedProgram:
         with torch.no_grad():
             program = torch.export.export(record.applied.graph, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ArtifactError(f"the rewritten model cannot be exported as a program: {first}.") from error
+        raise ArtifactError(f"the rewritten model cannot be exported as a program: {first_line(error)}.") from error
     return program
 
 

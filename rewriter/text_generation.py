@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import torch
 
 from subquad.application import rewritten
 from subquad.incremental import Decoder, decoder
-from subquad.ir.errors import GenerationError, SubquadError
+from subquad.ir.errors import GenerationError, SubquadError, first_line
 from subquad.locality import NotIncremental
 from subquad.model_source import LoadedModel, open_model
 from subquad.progress import progress
@@ -135,17 +137,41 @@ def decoder_of(module: Any) -> Decoder:
     return made
 
 
+class Compiling:
+    """The compilation of a decoder's one-token programs, in a thread beside generation; uncompiled ones serve meanwhile."""
+
+    def __init__(self, module: Any) -> None:
+        """module: a rewritten module or a stored decoder.  Anything else is left alone."""
+        self.failure: str | None = None
+        self.done, self.total = 0, 1
+        self._thread = threading.Thread(target=self._work, args=(module,), name="subquad-compiling", daemon=True)
+        self._thread.start()
+
+    def _work(self, module: Any) -> None:
+        try:
+            if isinstance(module, Decoder) or rewritten(module) is not None:
+                decoder_of(module).compile(wait=True, report=self._report)
+        except SubquadError as error:
+            self.failure = str(error)
+        except Exception as error:
+            self.failure = f"the decoder could not be compiled ({type(error).__name__}: {first_line(error)})."
+
+    def _report(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+    def wait(self) -> str | None:
+        """Wait with a progress bar until it is over; returns why it failed, None when it did not."""
+        if self._thread.is_alive():
+            with progress("compiling the decoder") as advance:
+                while self._thread.is_alive():
+                    self._thread.join(0.2)
+                    advance(0, f"compiling the decoder, once per model: {self.done} of {self.total} programs")
+        return self.failure
+
+
 def compile_decoder(module: Any) -> str | None:
     """Compile the one-token programs of a module's decoder, with a progress bar; returns why that was not possible."""
-    try:
-        made = decoder_of(module)
-        with progress("compiling the decoder", 1) as advance:
-            made.compile(
-                wait=True, report=lambda done, total: advance(0, f"compiling the decoder: {done} of {total} programs")
-            )
-    except SubquadError as error:
-        return str(error)
-    return None
+    return Compiling(module).wait()
 
 
 def _engine(module: Any, wanted: str, notes: list[str]) -> tuple[TokenStream, str]:
@@ -161,7 +187,6 @@ def _engine(module: Any, wanted: str, notes: list[str]) -> tuple[TokenStream, st
                 raise
             notes.append(f"the model's own generate was used: {refusal}")
         else:
-            derived.compile(wait=False)
             return lambda _module, ids, sampling, eos: _derived_tokens(derived, ids, sampling, eos), "subquad"
     if not own:
         raise GenerationError(f"{type(module).__name__} has no generate method of its own; use the engine subquad.")
@@ -184,9 +209,6 @@ def _derived_tokens(derived: Decoder, ids: list[int], sampling: Sampling, eos: t
 
 def transformers_tokens(module: Any, ids: list[int], sampling: Sampling, eos: tuple[int, ...]) -> Iterator[int]:
     """The model's own `generate`, cache on, its tokens handed on as they appear."""
-    import queue
-    import threading
-
     from transformers.generation.streamers import BaseStreamer
 
     found: queue.Queue[int | BaseException | None] = queue.Queue()

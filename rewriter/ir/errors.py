@@ -53,3 +53,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     return "known: " + ", ".join(names) if names else "none is known"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, cut to its first line and without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
