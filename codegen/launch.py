@@ -1,6 +1,4 @@
-"""Runs generated kernels on tensors: picks the KernelSpec, imports its source, launches, and checks itself at first
-use.
-"""
+"""Runs generated kernels on tensors: picks the KernelSpec, imports its source, launches, checks itself at first use."""
 
 from __future__ import annotations
 

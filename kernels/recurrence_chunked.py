@@ -1,6 +1,4 @@
-"""Computes the undecayed additive recurrence with a window branch by chunks: linear time, batched products, symbolic
-sizes.
-"""
+"""Computes the additive recurrence with a window branch by chunks: linear time, batched products, symbolic sizes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Arranges the tokens of a windowed recurrence: padding out, window history in front, sinks aside; and undoes it
-afterwards.
-"""
+"""Arranges the tokens of a windowed recurrence (padding out, history in front, sinks aside) and undoes it."""
 
 from __future__ import annotations
 
