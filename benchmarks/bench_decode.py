@@ -74,7 +74,7 @@ def steady(arguments: argparse.Namespace) -> None:
     pairs = [(ours(made, ids, count), theirs(peer, ids, count)) for _ in range(arguments.pairs + 1)][1:]
     bytes_read = sum(p.numel() * p.element_size() for p in model.parameters())
     rate = machine.read_bandwidth()
-    print(f"one-token programs ready after {ready:.1f} s ({arguments.dtype}, {arguments.tokens} tokens, prompt of {ids.shape[1]})")
+    print(f"one-token programs ready after {ready:.1f} s ({arguments.dtype}, {count} tokens, prompt of {ids.shape[1]})")
     print("| decoder | tokens/s (median) | best |\n|---|---|---|")
     both = {"subquad": [a for a, _ in pairs], "Hugging Face generate, cache on": [b for _, b in pairs]}
     for name, values in both.items():

@@ -152,11 +152,12 @@ def _by_use(graph: torch.fx.Graph, names: list[str]) -> list[str]:
 def _orders(schedule: Schedule, weights: Mapping[str, Tensor], engine: DecodeEngine) -> list[Order]:
     """Example inputs of every program as fake tensors, from two runs that differ in length and capacity."""
     runs = []
+    plain = {name: tensor.detach() for name, tensor in weights.items()}
     longest = (engine.graph.limit or 64) - 1
     for length, capacity in ((longest // 2, 256), (longest, 512)):
         seen: dict[str, list[Tensor]] = {}
         with FakeTensorMode() as mode, torch.no_grad():
-            fake = {name: mode.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in weights.items()}
+            fake = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in plain.items()}
             recording = executor(schedule, fake, {p.key: _recording(p, seen) for p in schedule.programs()})
             engine.probe(recording, engine.start(1, capacity), torch.zeros(1, 1, dtype=torch.int64), length)
         runs.append(seen)
