@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from subquad.cli import options
@@ -22,10 +24,12 @@ def command(out: str, text: str, tokens: int, target: str, overwrite: bool, trus
     import subquad
     from subquad.artifact import check_output
     from subquad.cli import printing
+    from subquad.ir.report import Report
 
     check_output(Path(target), overwrite)
     fast = subquad.load(out, trust=trust)
-    report = subquad.convert(fast, text=text, tokens=tokens, out=target, overwrite=overwrite).report
+    trained: Any = subquad.convert(fast, text=text, tokens=tokens, out=target, overwrite=overwrite)
+    report: Report = trained.report
     if as_json:
         printing.print_json(report.json())
         return

@@ -74,7 +74,7 @@ def check_output(target: Path, overwrite: bool) -> None:
             raise ArtifactError(f"{target} exists; give --overwrite (overwrite=True) to replace it.")
 
 
-def _write(model: nn.Module, directory: Path) -> None:
+def _write(model: Any, directory: Path) -> None:
     record = rewritten(model)
     assert record is not None
     source = source_note(model)

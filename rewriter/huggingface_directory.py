@@ -62,7 +62,7 @@ def _load(
         raise ModelSourceError(f"{shown} needs transformers: pip install 'subquad[hf]'.") from error
     own_code = bool(config.get("auto_map"))
     names = config.get("architectures") or []
-    known = getattr(transformers, names[0], None) if names else None
+    known: Any = getattr(transformers, names[0], None) if names else None
     if own_code and known is None and not trust:
         raise TrustError(f"{shown} brings its own modelling code, which would be run; pass --trust (trust=True).")
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True}

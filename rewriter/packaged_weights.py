@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -33,7 +34,7 @@ def demo_weights() -> Path:
     if codec is None:
         raise ModelSourceError(f"{source} holds no tokenizer that transformers can read.")
     with progress(f"writing {target}"), written_beside(target) as fresh:
-        model.config._name_or_path = NAME
+        cast(Any, model).config._name_or_path = NAME
         write_config(model, fresh)
         write_codec(codec, fresh)
         write_weights(model, fresh / "model.safetensors")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+
+
+class Advance(Protocol):
+    """Moves the bar on by some steps and may change what it says."""
+
+    def __call__(self, steps: int, text: str | None = None) -> None:
+        """steps: how many more are done."""
 
 
 @contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Callable[[int, str | None], None]]:
+def progress(description: str, total: int | None = None) -> Iterator[Advance]:
     """Show a bar while the block runs; yields `advance(steps, description)`.
 
     total: number of steps, None for a bar without end.  The bar vanishes when the block ends; in a pipe nothing is written.
     """
     if not sys.stderr.isatty():
-        yield lambda steps, text=None: None
+        yield _silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,4 +37,12 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[i
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda steps, text=None: bar.update(task, advance=steps, description=text or description)
+
+        def advance(steps: int, text: str | None = None) -> None:
+            bar.update(task, advance=steps, description=text or description)
+
+        yield advance
+
+
+def _silent(steps: int, text: str | None = None) -> None:
+    """What advances a bar that is not shown."""

@@ -36,6 +36,7 @@ def test_quick_examples_run(example: str) -> None:
         [sys.executable, "-P", str(ROOT / "examples" / example)], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-1500:]
+    assert re.search(r"1 site rewritten|'fuse', 'fuse'", done.stdout), done.stdout
     assert re.search(r"difference.* \d\.\de-0[4-9]|difference.* 0\.0e\+00", done.stdout), done.stdout
 
 
