@@ -15,9 +15,9 @@ from subquad.derivation import derive
 from subquad.incremental import Decoder, attributes
 from subquad.ir.errors import ArtifactError, SubquadError
 from subquad.ir.graph import hang
-from subquad.locality import NotIncremental
 from subquad.runtime.graph_file import read_graph, write_graph
 from subquad.runtime.step_graph import SiteState, StepGraph
+from subquad.token_axis import NotIncremental
 
 FORMAT = 1
 GRAPHS = "decoder.json"

@@ -12,8 +12,9 @@ import torch.fx
 from subquad.ir.graph import ancestors, hang, value_of
 from subquad.ir.graph import attribute as attribute_of
 from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
-from subquad.locality import Locality, operator_arguments, prove_locality, refuse
+from subquad.locality import prove_locality
 from subquad.runtime.step_graph import STREAM, SiteState, StepGraph
+from subquad.token_axis import Locality, operator_arguments, refuse
 
 Node = torch.fx.Node
 RECURRENT = ("state", "window_k", "window_v", "seen")
@@ -66,9 +67,14 @@ def _check_causal(node: Node, proof: Locality) -> None:
         return
     spec = SoftmaxSpec.parse(named["spec"])
     if spec.mask is None or not implies_causal(spec.mask):
-        refuse(node, f"its mask ({spec.mask or 'full'}) lets a token see later ones, so every new token would change the past.")
+        refuse(
+            node,
+            f"its mask ({spec.mask or 'full'}) lets a token see later ones, so every new token would change the past.",
+        )
     if named.get("bias") is not None:
-        refuse(node, "an additive bias over queries and keys is not carried from step to step; only mask predicates are.")
+        refuse(
+            node, "an additive bias over queries and keys is not carried from step to step; only mask predicates are."
+        )
     if any(isinstance(n, Node) and proof.depends_on_length(value_of(n)) for n in named["scalars"]):
         refuse(node, "its mask depends on the total length, which changes with every new token.")
     for table in named["operands"]:
@@ -166,7 +172,12 @@ def _site_state(node: Node) -> SiteState:
     named = operator_arguments(node)
     key = value_of(named["k"][0] if isinstance(named["k"], (list, tuple)) else named["k"])
     value = value_of(named["v"][0] if isinstance(named["v"], (list, tuple)) else named["v"])
-    sizes = {"dtype": key.dtype, "kv_heads": int(key.shape[2]), "key_dim": int(key.shape[3]), "value_dim": int(value.shape[3])}
+    sizes = {
+        "dtype": key.dtype,
+        "kv_heads": int(key.shape[2]),
+        "key_dim": int(key.shape[3]),
+        "value_dim": int(value.shape[3]),
+    }
     if node.target is torch.ops.subquad.softmax_attention.default:
         return SiteState("kv", **sizes)
     spec = RecurrenceSpec.parse(named["spec"])

@@ -8,8 +8,8 @@ import torch
 import torch.fx
 
 from subquad.kernels.spec import SoftmaxSpec
-from subquad.locality import operator_arguments
 from subquad.runtime import one_token
+from subquad.token_axis import operator_arguments
 
 Node = torch.fx.Node
 
@@ -31,11 +31,15 @@ def one_token_graph(step: torch.fx.GraphModule) -> torch.fx.GraphModule:
             node.target = one_token.recur
         elif node.target is torch.ops.subquad.softmax_attention.default:
             _attention(graph, node, inputs, masks)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default)
+    graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default
+    )
     return torch.fx.GraphModule(step, graph)
 
 
-def _attention(graph: torch.fx.Graph, node: Node, inputs: dict[str, Node], masks: dict[tuple[object, ...], Node]) -> None:
+def _attention(
+    graph: torch.fx.Graph, node: Node, inputs: dict[str, Node], masks: dict[tuple[object, ...], Node]
+) -> None:
     """The one-token form, unless the mask differs by head or the log-sum-exp is read: then the operator stays."""
     named = operator_arguments(node)
     mask = SoftmaxSpec.parse(named["spec"]).mask

@@ -15,9 +15,9 @@ import torch
 from subquad.application import rewritten
 from subquad.incremental import Decoder, decoder
 from subquad.ir.errors import GenerationError, SubquadError, first_line
-from subquad.locality import NotIncremental
 from subquad.model_source import LoadedModel, open_model
 from subquad.progress import progress
+from subquad.token_axis import NotIncremental
 from subquad.tokenization import TextCodec, read_codec
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import subquad
 from subquad.derivation import derive, implies_causal
 from subquad.incremental import decoder
-from subquad.locality import NotIncremental
+from subquad.token_axis import NotIncremental
 
 
 class Base(nn.Module):
@@ -90,7 +90,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("model", "words"), REFUSED, ids=lambda x: getattr(x, "__name__", ""))
 def test_what_mixes_tokens_is_refused_with_its_line(model: type[Base], words: str) -> None:
-    fast = subquad.rewrite(model().eval(), passes="fuse", example_inputs=(torch.zeros(2, 5, dtype=torch.int64),), verify=False)
+    fast = subquad.rewrite(
+        model().eval(), passes="fuse", example_inputs=(torch.zeros(2, 5, dtype=torch.int64),), verify=False
+    )
     with pytest.raises(NotIncremental, match=words) as caught:
         decoder(fast)
     source, line = caught.value.refusal.source.rsplit(":", 1)
