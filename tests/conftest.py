@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def _tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with a byte-level tokenizer and a chat template, in Hugging Face format."""
     pytest.importorskip("transformers")
     import torch
@@ -48,6 +48,6 @@ def _tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_llama(_tiny_llama: Path, tmp_path: Path) -> Path:
+def tiny_llama(tiny_llama_source: Path, tmp_path: Path) -> Path:
     """A copy of the tiny Llama directory that the test may spoil."""
-    return Path(shutil.copytree(_tiny_llama, tmp_path / "tiny-llama"))
+    return Path(shutil.copytree(tiny_llama_source, tmp_path / "tiny-llama"))

@@ -164,13 +164,13 @@ def test_rewrite_verify_and_the_artifact(tiny_llama: Path, tmp_path: Path, capsy
 
 
 @pytest.fixture(scope="module")
-def exact(_tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact(tiny_llama_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama rewritten exactly and saved."""
     import subquad as package
     from subquad.model_source import open_model
 
     out = tmp_path_factory.mktemp("exact") / "out"
-    return package.save(package.rewrite(open_model(str(_tiny_llama)).module, verify=False), out)
+    return package.save(package.rewrite(open_model(str(tiny_llama_source)).module, verify=False), out)
 
 
 def test_generate(exact: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
