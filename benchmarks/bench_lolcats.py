@@ -34,8 +34,8 @@ class Control(RegistryModel):
     """The same network trained alike with an attention that has no parameters: full softmax, or window and sinks alone."""
 
     def __init__(self, model: torch.nn.Module, sites: list[TrainingSite], kind: str) -> None:
-        super().__init__(model, sites)
         self.kind = kind
+        super().__init__(model, sites)
         self.sites = []
 
     def rewritten(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ INDEX = "conversion.json"
 
 @dataclass
 class Progress:
-    """Where a conversion stands: stage name, batches of it that are done, and what was measured so far."""
+    """Where a conversion stands: stage name, batches of it that are done, their last losses, and what was measured."""
 
     stage: str = "start"
     batch: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 

@@ -47,7 +47,7 @@ class Session:
                 start = time.monotonic()
                 losses = work(number)
                 spent = time.monotonic() - start
-                self.state.batch, self.state.seconds = number + 1, self.state.seconds + spent
+                self.state.batch, self.state.seconds, self.state.losses = number + 1, self.state.seconds + spent, losses
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
                 advance(1, f"{title}  {shown}  {batch_tokens / spent:.0f} tokens/s")
                 due = time.monotonic() - stored >= self.every
