@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.kernels import recurrence_torch as recurrence_forms
+from subquad.kernels.recurrence_forms import recurrence_torch
 from subquad.kernels.segments import predicate_env, visibility
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import SoftmaxSpec
@@ -79,7 +79,7 @@ def recur(
     """The operator subquad::recurrence in its traceable form where it has one."""
     learned, carried = (feature_q, feature_k, window_gate), (state, window_k, window_v, seen)
     arguments = (q, k, v, decay, beta, *learned, valid, *carried, cu_seqlens, spec)
-    form = recurrence_forms.recurrence_torch(*arguments)
+    form = recurrence_torch(*arguments)
     return torch.ops.subquad.recurrence.default(*arguments) if form is NotImplemented else form
 
 
