@@ -9,7 +9,7 @@ from subquad.cli import options
 
 @click.command()
 @click.option("--model", default="smollm2", show_default=True, help="Another Hugging Face language model.")
-@click.option("--new-tokens", type=click.IntRange(min=2), default=48, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @options.as_json
 def command(model: str, new_tokens: int, as_json: bool) -> None:
     """Inspect, rewrite exactly, verify, generate beside the original, save and load, linearize and measure the drift."""

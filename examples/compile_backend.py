@@ -31,7 +31,7 @@ def main() -> None:
     compiled = torch.compile(layer, backend="subquad", options={"inner": "eager"})
     compiled(x).square().sum().backward()
     found = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-    worst = max(float(((a - b).abs().max() / a.abs().max())) for a, b in zip(expected, found, strict=True))
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
     print(
         f"{sum(len(report.applied) for report in reports)} site rewritten, largest relative difference of a gradient {worst:.1e}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import subquad.codegen  # noqa: F401  (offers its kernels to the operators; compiles nothing)
+import subquad.codegen
 import subquad.kernels  # noqa: F401  (registers the operators, so that saved graphs load)
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ class Stage:
         }
 
 
-def demonstrate(spec: str = "smollm2", new_tokens: int = 48, prompt: str = PROMPT) -> Iterator[Stage]:
+def demonstrate(spec: str = "smollm2", new_tokens: int = 32, prompt: str = PROMPT) -> Iterator[Stage]:
     """Yield the stages one by one, as they finish, each with its figures.
 
     spec: any Hugging Face causal language model that open_model takes.  Nothing is left behind: the artifacts go to a
@@ -61,6 +61,7 @@ def demonstrate(spec: str = "smollm2", new_tokens: int = 48, prompt: str = PROMP
     yield clock.stage("inspect", f"{len(report.sites)} attention sites found", report)
 
     original = generate_text(loaded, prompt, Sampling(new_tokens), engine="transformers")
+    yield clock.stage("original", "the model's own generate, for comparison", texts={original.engine: original.text})
     fast = rewrite(loaded.module, passes="fuse", verify=False)
     yield clock.stage("rewrite", "every site replaced by one exact operator", fast.report)
     yield clock.stage("verify", "measured against a float64 run of the original", verify(fast))

@@ -160,7 +160,8 @@ def _program(path: Path, trust: bool) -> LoadedModel:
         program = torch.export.load(str(path))
     except Exception as error:
         raise ModelSourceError(
-            f"{path} cannot be loaded as an exported program ({first_line(error)}); it may be torn, or need its model's package imported."
+            f"{path} cannot be loaded as an exported program ({first_line(error)}); it may be torn, or need its model's "
+            "package imported."
         ) from error
     return LoadedModel(program, program.example_inputs, None, "program", str(path))
 

@@ -241,7 +241,7 @@ def test_bench_demo_and_compiled_generation(exact: Path, tiny_llama: Path) -> No
     shown = subquad("demo", "--model", tiny_llama, "--new-tokens", "4", "--json")
     assert shown.returncode == 0, shown.stderr
     stages = {stage["name"]: stage for stage in json.loads(shown.stdout)["stages"]}
-    assert list(stages) == ["open", "inspect", "rewrite", "verify", "generate", "artifact", "linearize"]
+    assert list(stages) == ["open", "inspect", "original", "rewrite", "verify", "generate", "artifact", "linearize"]
     assert stages["generate"]["facts"]["identical tokens"] is True
     assert stages["artifact"]["facts"]["same answer after loading"] is True
 
