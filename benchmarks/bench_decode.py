@@ -26,7 +26,9 @@ def chat_ids(directory: Path) -> torch.Tensor:
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     chat = [{"role": "user", "content": PROMPT}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
 
 
 def ours(made: object, ids: torch.Tensor, count: int) -> float:

@@ -83,7 +83,9 @@ def control(kind: str, settings: Settings, data: Path, work: Path) -> list[dict[
     def note(stage: str, tokens: int) -> None:
         if all(entry["stage"] != stage for entry in state.records):
             measured = {name: measure(view, ids, settings.length, settings.rows) for name, ids in texts.items()}
-            state.records.append({"stage": stage, "tokens": tokens, "seconds": round(state.seconds, 1), "texts": measured})
+            state.records.append(
+                {"stage": stage, "tokens": tokens, "seconds": round(state.seconds, 1), "texts": measured}
+            )
 
     note("before", 0)
     paths = [name for name, module in fast.named_modules() if name.endswith("self_attn")]
@@ -115,7 +117,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> None:
     if set(last) == set(KINDS):
         ours, theirs = last["lolcats"][VALID]["perplexity"], last["original"][VALID]["perplexity"]
         print(f"lolcats / original trained alike, WikiText-2: {ours / theirs:.3f} (target at most 1.20)")
-        print(f"lolcats / window-only trained alike, WikiText-2: {ours / last['window'][VALID]['perplexity']:.3f} (below 1)")
+        print(
+            f"lolcats / window-only trained alike, WikiText-2: {ours / last['window'][VALID]['perplexity']:.3f} (below 1)"
+        )
     if "lolcats" in last:
         other = last["lolcats"][OTHER]
         print(
@@ -130,9 +134,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="budget of every model, over all stages")
     parser.add_argument("--measure", type=int, default=65_536, help="tokens of each text to measure on")
     parser.add_argument("--only", choices=KINDS, help="train this model alone")
-    parser.add_argument("--work", type=Path, default=Path("build/bench_lolcats"), help="where results and states are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/bench_lolcats"), help="where results and states are kept"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a conversion setting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a conversion setting"
+    )
     arguments = parser.parse_args()
     if "SUBQUAD_DATA" not in os.environ:
         raise SystemExit(f"bench_lolcats: set SUBQUAD_DATA to the directory that holds {TRAIN}, {VALID} and {OTHER}.")

@@ -57,7 +57,8 @@ class Order:
 def order(program: Program, small: Sequence[Tensor], large: Sequence[Tensor]) -> Order:
     """An order from two sets of inputs that differ in every size that shall vary."""
     varying = tuple(
-        tuple(axis for axis in range(a.dim()) if a.shape[axis] != b.shape[axis]) for a, b in zip(small, large, strict=True)
+        tuple(axis for axis in range(a.dim()) if a.shape[axis] != b.shape[axis])
+        for a, b in zip(small, large, strict=True)
     )
     return Order(program, tuple(small), varying)
 
@@ -102,7 +103,9 @@ def load_package(path: Path) -> Runner:
     return runner
 
 
-def compile_orders(wanted: Sequence[Order], report: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Runner]:
+def compile_orders(
+    wanted: Sequence[Order], report: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Runner]:
     """Runners by program key; what the cache lacks is compiled in a child process, one program after another.
 
     report: called with (done, total) as programs become ready.  Raises CompilationError when the compiler fails.
@@ -149,4 +152,6 @@ def _run_worker(missing: Sequence[Order], paths: dict[str, Path], advance: Calla
                 worker.stdout.close()
         if worker.returncode:
             lines = [line for line in log.read_text().splitlines() if line.strip()]
-            raise CompilationError(f"a decoder program could not be compiled ({lines[-1] if lines else worker.returncode}).")
+            raise CompilationError(
+                f"a decoder program could not be compiled ({lines[-1] if lines else worker.returncode})."
+            )

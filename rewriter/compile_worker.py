@@ -32,7 +32,9 @@ def compile_job(job: dict[str, Any]) -> None:
     inputs = tuple(_example(item["shape"], getattr(torch, item["dtype"])) for item in job["inputs"])
     dynamic = tuple(dict.fromkeys(item["varying"], Dim.DYNAMIC) or None for item in job["inputs"])
     with torch.no_grad():
-        program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,) if _variadic(module) else dynamic, strict=False)
+        program = torch.export.export(
+            module, inputs, dynamic_shapes=(dynamic,) if _variadic(module) else dynamic, strict=False
+        )
     target = Path(job["path"])
     fresh = target.with_suffix(f".{os.getpid()}.partial.pt2")
     try:

@@ -59,11 +59,15 @@ def convert(
     settings = Settings(tokens=tokens) if settings is None else replace(settings, tokens=tokens)
     target = Path(out)
     if target.suffix == ".pt2":
-        raise ConversionError("a conversion is saved as a directory; export it with subquad.save(fast, 'name.pt2') afterwards.")
+        raise ConversionError(
+            "a conversion is saved as a directory; export it with subquad.save(fast, 'name.pt2') afterwards."
+        )
     check_output(target, overwrite)
     record = rewritten(fast)
     if record is None:
-        raise ConversionError(f"{type(fast).__name__} was not rewritten; apply an approximate pass first, then convert.")
+        raise ConversionError(
+            f"{type(fast).__name__} was not rewritten; apply an approximate pass first, then convert."
+        )
     if tokenizer is None:
         source = source_note(fast)
         tokenizer = None if source is None else source.codec
@@ -71,7 +75,9 @@ def convert(
     _check_ids(fast, corpus)
     texts = {Path(text).name: corpus.held_out}
     if measure_on:
-        texts = {Path(name).name: read_corpus(name, tokenizer, settings.length, settings.held_out).all for name in measure_on}
+        texts = {
+            Path(name).name: read_corpus(name, tokenizer, settings.length, settings.held_out).all for name in measure_on
+        }
     checkpoint = Checkpoint(
         target.with_name(target.name + ".unfinished"),
         settings.digest(corpus.digest, record.plan.hash, _weights_digest(fast), *map(str, measure_on)),
@@ -127,9 +133,7 @@ def _train(
         transfer = AttentionTransfer(view, settings, tokens)
         if state.stage == "transfer":
             transfer.load(tensors)
-        session.run(
-            "transfer", "attention transfer", settings.transfer_batches, size, transfer.work, transfer.tensors
-        )
+        session.run("transfer", "attention transfer", settings.transfer_batches, size, transfer.work, transfer.tensors)
         note("transfer", settings.transfer_batches * size)
     if settings.adapter_batches:
         view.adapt(
@@ -139,7 +143,12 @@ def _train(
         if state.stage == "adapters":
             adapting.load(tensors)
         session.run(
-            "adapters", "adapters", settings.adapter_batches, settings.rows * settings.length, adapting.work, adapting.tensors
+            "adapters",
+            "adapters",
+            settings.adapter_batches,
+            settings.rows * settings.length,
+            adapting.work,
+            adapting.tensors,
         )
         note("adapters", settings.used_tokens)
     return state.records

@@ -58,7 +58,9 @@ class Decoder:
             taken = ", ".join(graph.inputs)
             raise GenerationError(f"the model takes {taken}; a decoder gives token ids and a padding mask only.")
         self.source = graph
-        self.names = sorted({str(n.target) for g in (graph.step, graph.first) for n in g.graph.nodes if n.op == "get_attr"})
+        self.names = sorted(
+            {str(n.target) for g in (graph.step, graph.first) for n in g.graph.nodes if n.op == "get_attr"}
+        )
         tensors = dict(weights)
         groups = projection_groups(graph.step.graph, tensors)
         step, first = _copied(graph.step), _copied(graph.first)
@@ -116,7 +118,9 @@ class Decoder:
             self.engine.one = self._compiled(report)
             return
         if self._worker is None or not self._worker.is_alive():
-            self._worker = threading.Thread(target=self._in_background, args=(report,), name="subquad-compile", daemon=True)
+            self._worker = threading.Thread(
+                target=self._in_background, args=(report,), name="subquad-compile", daemon=True
+            )
             self._worker.start()
 
     def _in_background(self, report: Report) -> None:

@@ -29,7 +29,12 @@ def projection_groups(graph: torch.fx.Graph, weights: dict[str, Tensor]) -> Grou
         names, biases = _names(nodes)
         tensors = [weights[name] for name in (*names, *biases)]
         alike = len({(t.dtype, t.shape[1:]) for t in tensors[: len(names)]}) == 1 and len(biases) in (0, len(names))
-        if len(nodes) < 2 or not alike or len({id(t) for t in tensors}) < len(tensors) or taken & {id(t) for t in tensors}:
+        if (
+            len(nodes) < 2
+            or not alike
+            or len({id(t) for t in tensors}) < len(tensors)
+            or taken & {id(t) for t in tensors}
+        ):
             continue
         taken |= {id(t) for t in tensors}
         for part in (names, biases):
@@ -63,7 +68,9 @@ def fuse_projections(module: torch.fx.GraphModule, groups: Groups) -> None:
                 node.replace_all_uses_with(part)
         for node in nodes:
             graph.erase_node(node)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default)
+    graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default
+    )
 
 
 def _input(linear: Node) -> Node:

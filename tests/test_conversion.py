@@ -86,9 +86,7 @@ def test_peft_reads_the_saved_adapter(tiny_llama: Path, text: Path, tmp_path: Pa
 
     fast = rewritten(tiny_llama)
     other = _file(tmp_path / "other.txt", b"Quite another text. " * 40)
-    subquad.convert(
-        fast, text=text, tokens=1024, out=tmp_path / "out", settings=SMALL, measure_on=(other, text)
-    )
+    subquad.convert(fast, text=text, tokens=1024, out=tmp_path / "out", settings=SMALL, measure_on=(other, text))
     measured = fast.report.conversion[-1]["texts"]
     assert list(measured) == ["other.txt", "words.txt"]
     assert measured["other.txt"]["perplexity"] > measured["words.txt"]["perplexity"]
@@ -230,9 +228,7 @@ def test_a_plain_module_converts_through_its_graph(text: Path, tmp_path: Path) -
     ids = torch.randint(0, 256, (2, 9))
     fast = subquad.rewrite(model, passes=PASS, example_inputs=(ids,), verify=False)
     out = tmp_path / "out"
-    subquad.convert(
-        fast, text=packed, tokens=1024, out=out, settings=SMALL, tokenizer=lambda line: list(line.encode())
-    )
+    subquad.convert(fast, text=packed, tokens=1024, out=out, settings=SMALL, tokenizer=lambda line: list(line.encode()))
     stages = fast.report.conversion
     assert stages[1]["kl"] < stages[0]["kl"]
     assert stages[2]["perplexity"] < stages[2]["original_perplexity"]

@@ -136,7 +136,9 @@ def test_compiled_programs_compute_the_same(
 
 
 @pytest.mark.slow
-def test_a_failing_compiler_is_one_sentence_and_the_fallback_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_compiler_is_one_sentence_and_the_fallback_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
     made = decoder(rewritten(HandWrittenDecoder().eval()))

@@ -49,7 +49,9 @@ def test_prefill_and_steps_equal_the_full_forward(kind: str, passes: str, dtype:
     again = made.step(ids[:, 15:], state)
     assert (again - want[:, 15:]).abs().max() < error
     made.rollback(state, 24)
-    assert (made.step(ids[1:, :4].expand(2, -1), state) - forward(model, ids[1:, :4].expand(2, -1), torch.ones(2, 4).long())).abs().max() < error
+    assert (
+        made.step(ids[1:, :4].expand(2, -1), state) - forward(model, ids[1:, :4].expand(2, -1), torch.ones(2, 4).long())
+    ).abs().max() < error
 
 
 def test_the_last_token_only_gives_the_last_row() -> None:
@@ -80,7 +82,9 @@ def test_greedy_tokens_are_those_of_generate_for_a_left_padded_batch() -> None:
     ids = torch.randint(3, 50, (3, 8))
     mask = torch.ones_like(ids)
     mask[0, :5], mask[2, :1] = 0, 0
-    want = model.generate(ids, attention_mask=mask, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+    want = model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
+    )
     made = decoder(subquad.rewrite(model, passes="fuse", verify=False))
     got = torch.tensor(list(made.generate(ids, mask, max_new_tokens=20))).T
     assert torch.equal(got, want[:, 8:])
@@ -116,7 +120,8 @@ def test_two_threads_may_generate_at_once() -> None:
     want = [list(made.generate(p, max_new_tokens=15)) for p in prompts]
     got: dict[int, list[list[int | None]]] = {}
     threads = [
-        threading.Thread(target=lambda n=n: got.__setitem__(n, list(made.generate(prompts[n], max_new_tokens=15)))) for n in range(3)
+        threading.Thread(target=lambda n=n: got.__setitem__(n, list(made.generate(prompts[n], max_new_tokens=15))))
+        for n in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -142,9 +147,15 @@ def test_weights_are_packed_without_a_second_copy() -> None:
     ("call", "words"),
     [
         (lambda d: d.prefill(torch.zeros(1, 65, dtype=torch.int64)), "position table has 64 rows"),
-        (lambda d: d.prefill(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 1], [1, 1, 1]])), "takes no attention mask"),
+        (
+            lambda d: d.prefill(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 1], [1, 1, 1]])),
+            "takes no attention mask",
+        ),
         (lambda d: d.rollback(d.prefill(torch.zeros(1, 3, dtype=torch.int64))[1], 4), "rollback of 4 tokens"),
-        (lambda d: d.step(torch.zeros(2, 1, dtype=torch.int64), d.prefill(torch.zeros(1, 3, dtype=torch.int64))[1]), "does not fit"),
+        (
+            lambda d: d.step(torch.zeros(2, 1, dtype=torch.int64), d.prefill(torch.zeros(1, 3, dtype=torch.int64))[1]),
+            "does not fit",
+        ),
         (lambda d: list(d.generate(torch.zeros(1, 3))), "give token ids"),
         (lambda d: list(d.generate(torch.zeros(1, 3, dtype=torch.int64), top_p=0)), "top_p in"),
     ],

@@ -35,9 +35,7 @@ def test_the_operator_is_the_definition(window: int, sinks: int, length: int) ->
     fq, fk = (torch.randn(4, 8, 6, dtype=torch.float64) for _ in range(2))
     gate = torch.randn(4, dtype=torch.float64)
     spec = RecurrenceSpec(HEDGEHOG, scale=0.3, window=window, sinks=sinks).json()
-    o = torch.ops.subquad.recurrence(
-        q, k, v, None, None, [fq], [fk], gate, None, None, None, None, None, None, spec
-    )[0]
+    o = torch.ops.subquad.recurrence(q, k, v, None, None, [fq], [fk], gate, None, None, None, None, None, None, spec)[0]
     want = dense(q, k, v, fq, fk, gate, window, sinks, 0.3)
     torch.testing.assert_close(o, want, rtol=1e-9, atol=1e-9)
     if window >= length:
@@ -63,12 +61,16 @@ def test_the_training_form_is_the_operator(window: int, sinks: int, length: int)
     for one, other in zip(*gradients, strict=True):
         one, other = (torch.zeros(1) if g is None else g for g in (one, other))
         torch.testing.assert_close(one, other.expand_as(one), rtol=1e-7, atol=1e-8)
-    half = recurrence_training(*(x.detach().bfloat16() for x in (q, k, v)), [fq.float()], [fk.float()], gate.float(), spec)
+    half = recurrence_training(
+        *(x.detach().bfloat16() for x in (q, k, v)), [fq.float()], [fk.float()], gate.float(), spec
+    )
     assert half.dtype == torch.bfloat16
     assert (half.double() - want).norm() < 0.02 * want.norm()
 
 
-@pytest.mark.parametrize(("module", "inputs", "verdict"), list(Lolcats.examples()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("module", "inputs", "verdict"), list(Lolcats.examples()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_examples(module: torch.nn.Module, inputs: tuple, verdict: str) -> None:
     report = subquad.inspect(module, inputs)
     [site] = report.sites

@@ -24,7 +24,9 @@ class Executor:
     calls: tuple[tuple[Runner, tuple[int, ...], tuple[Tensor, ...], tuple[str, ...], int], ...]
 
 
-def executor(schedule: Schedule, weights: Mapping[str, Tensor], runners: Mapping[str, Runner] | None = None) -> Executor:
+def executor(
+    schedule: Schedule, weights: Mapping[str, Tensor], runners: Mapping[str, Runner] | None = None
+) -> Executor:
     """Bind a schedule to weights; programs without a runner (by key) run operation by operation."""
     runners = runners or {}
     eager: dict[str, Runner] = {program.key: program.eager() for program in schedule.programs()}
@@ -65,7 +67,9 @@ class DecodeEngine:
         if batch != state.batch or width == 0:
             raise GenerationError(f"a step of shape {list(ids.shape)} does not fit a state of {state.batch} rows.")
         if self.graph.limit is not None and total > self.graph.limit:
-            raise GenerationError(f"{total} tokens were asked of a model whose position table has {self.graph.limit} rows.")
+            raise GenerationError(
+                f"{total} tokens were asked of a model whose position table has {self.graph.limit} rows."
+            )
         with torch.inference_mode():
             reserve(state, total)
             remember(state)
@@ -101,7 +105,9 @@ class DecodeEngine:
         names = self.graph.inputs
         state.tokens[names[0]][:, before:total] = ids
         if mask is not None and len(names) == 1 and not bool((mask != 0).all()):
-            raise GenerationError("the model takes no attention mask, so padded rows cannot be decoded; give rows of one length.")
+            raise GenerationError(
+                "the model takes no attention mask, so padded rows cannot be decoded; give rows of one length."
+            )
         for name in names[1:]:
             state.tokens[name][:, before:total] = 1 if mask is None else mask
 

@@ -62,8 +62,12 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 def _check(ids: Tensor, mask: Tensor | None, count: int, temperature: float, top_k: int, top_p: float) -> None:
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-        raise GenerationError(f"the prompt has shape {list(ids.shape)} and dtype {ids.dtype}; give token ids [batch, tokens].")
+        raise GenerationError(
+            f"the prompt has shape {list(ids.shape)} and dtype {ids.dtype}; give token ids [batch, tokens]."
+        )
     if mask is not None and (mask.shape != ids.shape or not bool((mask[:, -1] != 0).all())):
         raise GenerationError("the attention mask must have the shape of the ids and be padded on the left.")
     if count < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise GenerationError("max_new_tokens must be at least 1, temperature and top_k at least 0, and top_p in (0, 1].")
+        raise GenerationError(
+            "max_new_tokens must be at least 1, temperature and top_k at least 0, and top_p in (0, 1]."
+        )

@@ -13,7 +13,9 @@ from subquad.ir.errors import ArtifactError
 from subquad.runtime import one_token
 
 Node = torch.fx.Node
-NUMBERS = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")}
+NUMBERS = {
+    f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
+}
 FORMS = {f"one_token.{name}": getattr(one_token, name) for name in one_token.FORMS}
 ATEN = frozenset({
     "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "zeros_like", "ones_like", "full_like",
@@ -62,7 +64,9 @@ def read_graph(data: Any) -> torch.fx.Graph:
             nodes[item["name"]] = node
         graph.lint()
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"a stored graph is damaged ({type(error).__name__}: {error}); save the artifact again.") from error
+        raise ArtifactError(
+            f"a stored graph is damaged ({type(error).__name__}: {error}); save the artifact again."
+        ) from error
     return graph
 
 

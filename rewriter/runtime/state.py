@@ -55,7 +55,11 @@ class DecoderState:
 
     def bytes(self) -> int:
         """Bytes of keys, values and recurrent states that are live now."""
-        kv = sum(t.numel() // max(1, t.shape[1]) * self.length * t.element_size() for s in self.segments for t in (*s.k, *s.v))
+        kv = sum(
+            t.numel() // max(1, t.shape[1]) * self.length * t.element_size()
+            for s in self.segments
+            for t in (*s.k, *s.v)
+        )
         return kv + sum(t.numel() * t.element_size() for site in self.recurrent for t in site)
 
 

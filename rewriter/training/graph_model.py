@@ -69,7 +69,9 @@ class GraphModel(TrainingModel):
         while isinstance(out, list | tuple):
             out = out[0]
         if not isinstance(out, Tensor) or out.dim() != 3:
-            raise ConversionError(f"conversion needs logits [B, T, V], but {type(self.model).__name__} gives something else.")
+            raise ConversionError(
+                f"conversion needs logits [B, T, V], but {type(self.model).__name__} gives something else."
+            )
         return out
 
     @torch.no_grad()

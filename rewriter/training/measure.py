@@ -13,9 +13,7 @@ from subquad.training.sites import TrainingModel
 
 
 @torch.no_grad()
-def measure(
-    model: TrainingModel, text: Tensor, length: int, rows: int = 2, original: bool = False
-) -> dict[str, Any]:
+def measure(model: TrainingModel, text: Tensor, length: int, rows: int = 2, original: bool = False) -> dict[str, Any]:
     """{"perplexity", "kl", "original_perplexity", "measured_tokens"} over whole rows of `length` tokens of text int64 [n].
 
     kl: mean over positions of KL(original ‖ model).  original: measure the original attention under the same adapters,

@@ -58,7 +58,7 @@ class Session:
                     raise ConversionError(
                         f"interrupted after batch {number + 1} of {batches} of {title}; the same command goes on from "
                         f"{self.checkpoint.directory}."
-                    )
+                    ) from KeyboardInterrupt()
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -44,7 +44,9 @@ def encoder(tokenizer: Any) -> Encoder:
     Raises ConversionError when there is no tokenizer.
     """
     if tokenizer is None:
-        raise ConversionError("the model came without a tokenizer; pass tokenizer=, or put tokenizer.json beside its weights.")
+        raise ConversionError(
+            "the model came without a tokenizer; pass tokenizer=, or put tokenizer.json beside its weights."
+        )
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     if hasattr(inner, "encode_batch"):
         return lambda text: list(inner.encode(text, add_special_tokens=False).ids)
@@ -80,7 +82,9 @@ def _opened(path: Path) -> IO[str]:
 
 def _pieces(path: Path) -> Iterator[str]:
     if not path.is_file():
-        raise ConversionError(f"the text {path} {'is a directory' if path.is_dir() else 'does not exist'}; give a text file.")
+        raise ConversionError(
+            f"the text {path} {'is a directory' if path.is_dir() else 'does not exist'}; give a text file."
+        )
     try:
         with _opened(path) as file:
             while True:
