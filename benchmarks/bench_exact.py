@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
 from subquad.application import original_forward
-from subquad.verification import logits_rung, site_rungs
+from subquad.site_oracle import site_rungs
+from subquad.verification import end_to_end_rungs
 
 
 def prompts(count: int) -> list[str]:
@@ -44,7 +45,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         fast = subquad.rewrite(model, passes="fuse", verify=False)
         record = fast.__dict__["_subquad"]
-        for rung in (site_rungs(record)[0], logits_rung(fast, record, inputs)):
+        for rung in (site_rungs(record)[0], *end_to_end_rungs(fast, record, inputs)):
             name = str(dtype).removeprefix("torch.")
             print(f"| {name} | {rung.rung}: {rung.detail} | {rung.error:.3g} | {rung.allowed:.3g} | {rung.passed} |")
         if dtype is torch.float32:

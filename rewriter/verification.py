@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from subquad.application import Replacement, Rewritten, original_forward, rewritten
-from subquad.capture import Capture, ProgramModule
-from subquad.emission import emit_site
-from subquad.graph_copy import carry_site, copy_capture
+from subquad.application import Rewritten, original_forward, rewritten
+from subquad.captured import Capture, ProgramModule
+from subquad.graph_copy import copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.errors import SubquadError
-from subquad.ir.graph import attribute, dtype_of, hang, node_inputs
+from subquad.ir.graph import attribute, hang
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Measurement, Report
-from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
+from subquad.passes.recognize.concrete_run import ConcreteRun
+from subquad.site_oracle import allowed_error, relative_error, site_rungs
 
-SIZES = ((2, 7), (3, 33))
 NEW_TOKENS = 32
 
 
 def verify(model: nn.Module, fast: nn.Module | None = None, example_inputs: Any = None) -> Report:
     """Measure a rewritten module against the original; returns a report whose `verification` holds the rungs.
 
-    model: the original, or the rewritten module itself (which still knows its original).  fast: the rewritten module.
-    example_inputs: tensors for the end-to-end rung; None takes those of the capture.
+    model: the original, or the rewritten module itself, whose own weights under the original forward are then the
+    original.  fast: the rewritten module; a converted one has other weights than `model`, and is measured against those.
+    example_inputs: tensors for the end-to-end rungs; None takes those of the capture.
     Raises SubquadError when neither module was rewritten.
     """
     target = fast if fast is not None else model
     record = rewritten(target)
     if record is None:
         raise SubquadError(f"{type(target).__name__} was not rewritten, so there is nothing to verify.")
+    original = None if model is target else model
     report = record.report
-    report.verification = [*site_rungs(record), logits_rung(target, record, example_inputs)]
-    tokens = tokens_rung(target, record)
+    report.verification = [*site_rungs(record), *end_to_end_rungs(target, record, example_inputs, original)]
+    tokens = tokens_rung(target, record, original)
     if tokens is not None:
         report.verification.append(tokens)
     return report
@@ -48,7 +50,7 @@ def failed_steps(root: nn.Module) -> list[Refusal]:
     record = rewritten(root)
     if record is None:
         return []
-    measurements = [*site_rungs(record), logits_rung(root, record, None)]
+    measurements = [*site_rungs(record), *end_to_end_rungs(root, record)]
     record.report.verification = measurements
     broken: list[Refusal] = []
     for measured in measurements:
@@ -60,109 +62,25 @@ def failed_steps(root: nn.Module) -> list[Refusal]:
     return broken
 
 
-def relative_error(value: torch.Tensor, judge: torch.Tensor) -> float:
-    """RMS of the difference over RMS of the judge; NaN where both are NaN counts as equal."""
-    difference = (
-        (value.double() - judge.double()).nan_to_num(nan=0.0) if _same_nan(value, judge) else torch.tensor(math.inf)
-    )
-    scale = judge.double().nan_to_num(nan=0.0).square().mean().sqrt()
-    return float(difference.square().mean().sqrt() / scale.clamp_min(1e-300))
+@contextmanager
+def _as_original(root: nn.Module, original: nn.Module | None) -> Iterator[nn.Module]:
+    """The module to call for the original's outputs: another module, or the rewritten one under its own forward."""
+    if original is not None:
+        yield original
+    else:
+        with original_forward(root):
+            yield root
 
 
-def _same_nan(value: torch.Tensor, judge: torch.Tensor) -> bool:
-    return bool(torch.equal(value.isnan(), judge.isnan()))
-
-
-def allowed_error(original: float, dtype: torch.dtype) -> float:
-    """The bound of the EXACT contract: twice the original's own error plus one unit in the last place of the dtype."""
-    return 2 * original + torch.finfo(dtype).eps
-
-
-def site_rungs(record: Rewritten) -> list[Measurement]:
-    """One measurement per distinct replacement: sites with equal operator, sizes and mask share it."""
-    known: dict[Any, Measurement] = {}
-    rungs = []
-    for replacement in record.replacements:
-        site = replacement.site
-        key = (
-            replacement.call.operator, replacement.call.spec, site.heads, site.kv_heads, site.head_dim, site.value_dim,
-            site.origin, len(site.biases), replacement.prefix if replacement.call.parameters else "",
-        )  # fmt: skip
-        if key not in known:
-            known[key] = _measure_site(record.original, replacement)
-        same = known[key]
-        rungs.append(Measurement("site", site.path, same.error, same.allowed, same.passed, same.detail))
-    return rungs
-
-
-def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
-    """Run one site's own nodes and its operator on the same random q, k and v."""
-    site = replacement.site
-    copied, mapping = copy_capture(original)
-    moved = carry_site(site, mapping)
-    tensors = {mapping[n]: original.known_tensors[n.name] for n in mapping if n.name in original.known_tensors}
-    learned = {
-        n: attribute(original.root, f"{replacement.prefix}.{n}")
-        for g in replacement.call.parameters.values()
-        for n in g
-    }
-    for name, value in learned.items():
-        hang(copied.graph, f"{replacement.prefix}.{name}", value)
-    marker = copied.graph.graph.call_function(torch.clone, (moved.out,))
-    marker.meta["val"] = moved.out.meta.get("val", moved.out.meta.get("example_value"))
-    emit_site(copied.graph, moved, replacement.call, learned, replacement.prefix)
-    cuts = {moved.q.node, moved.k.node, moved.v.node}
-    dtype = dtype_of(site.out) or torch.float32
-    worst, bound, passed, cases = 0.0, 0.0, True, 0
-    exact = replacement.rewrite.contract is not Contract.APPROXIMATE
-    paddings = PADDINGS if site.mask.tables else ("none",)
-    for batch, length in SIZES:
-        for padding in paddings:
-            outputs = []
-            for node, double in ((moved.out, True), (moved.out, False), (next(iter(node_inputs(marker.args))), False)):
-                run = ConcreteRun(copied.graph, original.example, tensors, batch, length, padding, double)
-                for cut in sorted(cuts):
-                    run.known[cut] = run._widen(run.random(cut).to(dtype_of(cut)))
-                with torch.no_grad():
-                    outputs.append(run.value(node))
-            keep = _real_rows(copied, moved, original, tensors, batch, length, padding, outputs[0])
-            judge, before, after = (o[keep] if keep is not None else o for o in outputs)
-            error = relative_error(after, judge)
-            allowed = allowed_error(relative_error(before, judge), dtype)
-            cases += 1
-            if exact and not error <= allowed:
-                passed = False
-            if error >= worst:
-                worst, bound = error, allowed
-    detail = f"{cases} cases, {str(dtype).removeprefix('torch.')}"
-    return Measurement("site", site.path, worst, bound if exact else None, passed, detail)
-
-
-def _real_rows(
-    copied: Capture,
-    site: Any,
-    original: Capture,
-    tensors: Any,
-    batch: int,
-    length: int,
-    padding: str,
-    output: torch.Tensor,
-) -> torch.Tensor | None:
-    """For rewrites that drop padded queries: a mask over the output's [B, H, T, …] that keeps real positions."""
-    from subquad.emission import padding_table
-
-    table = padding_table(site.mask)
-    if table is None or padding == "none":
-        return None
-    run = ConcreteRun(copied.graph, original.example, tensors, batch, length, padding)
-    valid = run.value(table) != 0
-    axes = site.out_axes
-    if valid.shape[-1] != output.shape[axes[1]]:
-        return None
-    view = [1] * output.dim()
-    view[axes[0]], view[axes[1]] = valid.shape[0], valid.shape[1]
-    ordered = valid if axes[0] < axes[1] else valid.T
-    return ordered.reshape(view).expand_as(output)
+def _original_capture(record: Rewritten, original: nn.Module | None) -> Capture:
+    """The captured original on the weights it is judged with."""
+    if original is None:
+        return record.original
+    capture, _ = copy_capture(record.original)
+    for name, _ in [*capture.graph.named_parameters(), *capture.graph.named_buffers()]:
+        if hasattr(original, name.split(".")[0]):
+            hang(capture.graph, name, attribute(original, name))
+    return capture
 
 
 def _double_output(capture: Capture, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -189,33 +107,43 @@ def _first_tensor(output: Any) -> torch.Tensor:
     return next(x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-def logits_rung(root: nn.Module, record: Rewritten, example_inputs: Any) -> Measurement:
-    """End to end: the first output of the rewritten and of the original forward against a float64 run of the original."""
-    capture = record.original
+def end_to_end_rungs(
+    root: nn.Module, record: Rewritten, example_inputs: Any = None, original: nn.Module | None = None
+) -> list[Measurement]:
+    """The first output of the rewritten and of the original forward against a float64 run of the original.
+
+    Rewrites that are another function also get the mean KL divergence, in nats per position, when the output is logits.
+    """
+    capture = _original_capture(record, original)
     inputs = dict(capture.example)
     if example_inputs is not None:
-        given = (
-            example_inputs
-            if isinstance(example_inputs, dict)
-            else dict(zip(capture.inputs, example_inputs, strict=False))
-        )
-        inputs.update({k: v for k, v in given.items() if isinstance(v, torch.Tensor)})
+        named = isinstance(example_inputs, dict)
+        given = example_inputs if named else dict(zip(capture.inputs, example_inputs, strict=False))
+        inputs.update({k: v for k, v in given.items() if k in capture.inputs and isinstance(v, torch.Tensor)})
     with torch.no_grad():
         judge = _double_output(capture, inputs)
         after = _first_tensor(_call(root, capture, inputs))
-        with original_forward(root):
-            before = _first_tensor(_call(root, capture, inputs))
+        with _as_original(root, original) as module:
+            before = _first_tensor(_call(module, capture, inputs))
     padding = inputs.get("attention_mask")
     if padding is not None and padding.shape == judge.shape[:2]:
         keep = padding.bool()
         judge, before, after = judge[keep], before[keep], after[keep]
     error, own = relative_error(after, judge), relative_error(before, judge)
-    exact = all(r.rewrite.contract is not Contract.APPROXIMATE for r in record.replacements)
+    exact = _is_exact(record)
     allowed = allowed_error(own, before.dtype) if exact else None
     shape = "×".join(str(s) for s in before.shape)
-    return Measurement(
-        "logits", "", error, allowed, allowed is None or error <= allowed, f"{shape}, original's own error {own:.2e}"
-    )
+    detail = f"{shape}, original's own error {own:.2e}"
+    rungs = [Measurement("logits", "", error, allowed, allowed is None or error <= allowed, detail)]
+    if not exact and judge.dim() >= 2 and judge.shape[-1] > 1:
+        expected, found = (x.double().log_softmax(-1) for x in (judge, after))
+        divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+        rungs.append(Measurement("kl", "", divergence, None, True, f"{shape}, mean KL to the original, nats"))
+    return rungs
+
+
+def _is_exact(record: Rewritten) -> bool:
+    return all(r.rewrite.contract is not Contract.APPROXIMATE for r in record.replacements)
 
 
 def _call(root: nn.Module, capture: Capture, inputs: dict[str, torch.Tensor]) -> Any:
@@ -225,7 +153,7 @@ def _call(root: nn.Module, capture: Capture, inputs: dict[str, torch.Tensor]) ->
     return root(**inputs, **constants)
 
 
-def tokens_rung(root: nn.Module, record: Rewritten) -> Measurement | None:
+def tokens_rung(root: nn.Module, record: Rewritten, original: nn.Module | None = None) -> Measurement | None:
     """Greedy tokens of `generate` with and without the rewrite; None for a model without `generate`."""
     generate = getattr(root, "generate", None)
     ids = record.original.example.get("input_ids")
@@ -240,11 +168,11 @@ def tokens_rung(root: nn.Module, record: Rewritten) -> Measurement | None:
     }
     with torch.no_grad():
         after = generate(ids, **options)
-        with original_forward(root):
-            before = generate(ids, **options)
+        with _as_original(root, original) as module:
+            before = module.generate(ids, **options)  # type: ignore[operator]
     width = min(before.shape[1], after.shape[1])
     differing = int((before[:, :width] != after[:, :width]).any(dim=1).sum())
-    exact = all(r.rewrite.contract is not Contract.APPROXIMATE for r in record.replacements)
+    exact = _is_exact(record)
     half = next(root.parameters()).dtype in (torch.float16, torch.bfloat16)
     passed = not exact or half or differing == 0
     detail = f"{NEW_TOKENS} greedy tokens, {before.shape[0]} rows, rows that differ"

@@ -344,3 +344,14 @@ def test_minilm_is_bidirectional_with_padding_and_fuses_exactly() -> None:
     torch.testing.assert_close(
         fast(ids, attention_mask=padding).last_hidden_state[padding.bool()], want, rtol=1e-4, atol=1e-5
     )
+
+
+def test_verify_measures_changed_weights_against_the_original_model() -> None:
+    original, model = decoder(), decoder()
+    fast = subquad.rewrite(model, example_inputs=(IDS,), passes="linearize:lolcats(window=16, sinks=0)", verify=False)
+    same = {m.rung: m.error for m in subquad.verify(original, fast).verification}
+    assert same["kl"] < 1e-9
+    with torch.no_grad():
+        fast.head.weight.mul_(1.5)
+    assert {m.rung: m.error for m in subquad.verify(fast).verification}["kl"] < 1e-9
+    assert {m.rung: m.error for m in subquad.verify(original, fast).verification}["kl"] > 1e-4

@@ -1,0 +1,122 @@
+"""Each distinct rewritten site alone against the nodes it replaced, on random inputs, with float64 as the judge."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from subquad.application import Replacement, Rewritten
+from subquad.captured import Capture
+from subquad.emission import emit_site, padding_table
+from subquad.graph_copy import carry_site, copy_capture
+from subquad.ir.contract import Contract
+from subquad.ir.graph import attribute, dtype_of, hang, node_inputs
+from subquad.ir.report import Measurement
+from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
+
+SIZES = ((2, 7), (3, 33))
+
+
+def relative_error(value: torch.Tensor, judge: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the judge; NaN where both are NaN counts as equal."""
+    difference = (
+        (value.double() - judge.double()).nan_to_num(nan=0.0) if _same_nan(value, judge) else torch.tensor(math.inf)
+    )
+    scale = judge.double().nan_to_num(nan=0.0).square().mean().sqrt()
+    return float(difference.square().mean().sqrt() / scale.clamp_min(1e-300))
+
+
+def _same_nan(value: torch.Tensor, judge: torch.Tensor) -> bool:
+    return bool(torch.equal(value.isnan(), judge.isnan()))
+
+
+def allowed_error(original: float, dtype: torch.dtype) -> float:
+    """The bound of the EXACT contract: twice the original's own error plus one unit in the last place of the dtype."""
+    return 2 * original + torch.finfo(dtype).eps
+
+
+def site_rungs(record: Rewritten) -> list[Measurement]:
+    """One measurement per distinct replacement: sites with equal operator, sizes and mask share it."""
+    known: dict[Any, Measurement] = {}
+    rungs = []
+    for replacement in record.replacements:
+        site = replacement.site
+        key = (
+            replacement.call.operator, replacement.call.spec, site.heads, site.kv_heads, site.head_dim, site.value_dim,
+            site.origin, len(site.biases), replacement.prefix if replacement.call.parameters else "",
+        )  # fmt: skip
+        if key not in known:
+            known[key] = _measure_site(record.original, replacement)
+        same = known[key]
+        rungs.append(Measurement("site", site.path, same.error, same.allowed, same.passed, same.detail))
+    return rungs
+
+
+def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
+    """Run one site's own nodes and its operator on the same random q, k and v."""
+    site = replacement.site
+    copied, mapping = copy_capture(original)
+    moved = carry_site(site, mapping)
+    tensors = {mapping[n]: original.known_tensors[n.name] for n in mapping if n.name in original.known_tensors}
+    learned = {
+        n: attribute(original.root, f"{replacement.prefix}.{n}")
+        for g in replacement.call.parameters.values()
+        for n in g
+    }
+    for name, value in learned.items():
+        hang(copied.graph, f"{replacement.prefix}.{name}", value)
+    marker = copied.graph.graph.call_function(torch.clone, (moved.out,))
+    marker.meta["val"] = moved.out.meta.get("val", moved.out.meta.get("example_value"))
+    emit_site(copied.graph, moved, replacement.call, learned, replacement.prefix)
+    cuts = {moved.q.node, moved.k.node, moved.v.node}
+    dtype = dtype_of(site.out) or torch.float32
+    worst, bound, passed, cases = 0.0, 0.0, True, 0
+    exact = replacement.rewrite.contract is not Contract.APPROXIMATE
+    paddings = PADDINGS if site.mask.tables else ("none",)
+    for batch, length in SIZES:
+        for padding in paddings:
+            outputs = []
+            for node, double in ((moved.out, True), (moved.out, False), (next(iter(node_inputs(marker.args))), False)):
+                run = ConcreteRun(copied.graph, original.example, tensors, batch, length, padding, double)
+                for cut in sorted(cuts):
+                    run.known[cut] = run._widen(run.random(cut).to(dtype_of(cut)))
+                with torch.no_grad():
+                    outputs.append(run.value(node))
+            keep = _real_rows(copied, moved, original, tensors, batch, length, padding, outputs[0])
+            judge, before, after = (o[keep] if keep is not None else o for o in outputs)
+            error = relative_error(after, judge)
+            allowed = allowed_error(relative_error(before, judge), dtype)
+            cases += 1
+            if exact and not error <= allowed:
+                passed = False
+            if error >= worst:
+                worst, bound = error, allowed
+    detail = f"{cases} cases, {str(dtype).removeprefix('torch.')}"
+    return Measurement("site", site.path, worst, bound if exact else None, passed, detail)
+
+
+def _real_rows(
+    copied: Capture,
+    site: Any,
+    original: Capture,
+    tensors: Any,
+    batch: int,
+    length: int,
+    padding: str,
+    output: torch.Tensor,
+) -> torch.Tensor | None:
+    """For rewrites that drop padded queries: a mask over the output's [B, H, T, …] that keeps real positions."""
+    table = padding_table(site.mask)
+    if table is None or padding == "none":
+        return None
+    run = ConcreteRun(copied.graph, original.example, tensors, batch, length, padding)
+    valid = run.value(table) != 0
+    axes = site.out_axes
+    if valid.shape[-1] != output.shape[axes[1]]:
+        return None
+    view = [1] * output.dim()
+    view[axes[0]], view[axes[1]] = valid.shape[0], valid.shape[1]
+    ordered = valid if axes[0] < axes[1] else valid.T
+    return ordered.reshape(view).expand_as(output)
