@@ -67,7 +67,8 @@ def machine_key() -> str:
     """What a compiled program depends on beside itself."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    sources = [Path(one_token.__file__), *sorted(Path(subquad.kernels.__file__).parent.glob("*.py"))]
+    here = Path(one_token.__file__)
+    sources = [here, here.parent.parent / "compile_worker.py", *sorted(Path(subquad.kernels.__file__).parent.glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     threads = str(torch.get_num_threads())
     return "|".join((torch.__version__, platform.machine(), _cpu_flags(), str(pick_vec_isa()), threads, digest))

@@ -47,7 +47,7 @@ def generate(
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """One token id per row [B] from logits [B, vocabulary]."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices
     scores = logits.float() / temperature
     if 0 < top_k < scores.shape[-1]:
         least = scores.topk(top_k, -1).values[:, -1:]
