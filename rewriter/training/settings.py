@@ -34,8 +34,8 @@ class Settings:
     rank: int = 8
     alpha: int = 16
     rows: int = 2
-    adapter_rate: float = 2e-3
-    added_rate: float = 2e-3
+    adapter_rate: float = 3e-3
+    added_rate: float = 5e-3
     cross_entropy: float = 0.5
     distillation: float = 0.5
     held_out: int = 8192
