@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
     if arguments["q"].shape[1] and arguments["cu_seqlens"] is None and supports(what):
         return _blocks_backward(arguments, what, grads)
 
-    def run(named: Arguments) -> Result:
+    def run(named: Arguments) -> tuple[Tensor, ...]:
         if named["cu_seqlens"] is None and not what.causal:
             return recurrence_torch(**named)
         o, *rest = recurrence_reference(**named, dtype=compute_dtype(named["q"]))
@@ -102,7 +103,9 @@ def differentiable(arguments: Arguments) -> list[Tensor]:
     return found
 
 
-def _gradients(run: Callable[[Arguments], Result], arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
+def _gradients(
+    run: Callable[[Arguments], tuple[Tensor, ...]], arguments: Arguments, grads: Sequence[Tensor]
+) -> list[Tensor]:
     with recording():
         fresh = {
             name: [item.detach().requires_grad_() for item in value]
@@ -124,7 +127,7 @@ def _block(arguments: Arguments, start: int, stop: int, carry: Sequence[Tensor |
 
 def _run_block(named: Arguments, what: RecurrenceSpec, deep: bool) -> Result:
     names = ("q", "k", "v", "feature_q", "feature_k", "window_gate", "valid", *STATE)
-    return recurrence_chunked(*(named[name] for name in names), what, deep)
+    return recurrence_chunked(**{name: named[name] for name in names}, spec=what, deep=deep)
 
 
 def _walk(arguments: Arguments, what: RecurrenceSpec) -> list[tuple[int, int, bool]]:
@@ -142,7 +145,7 @@ def _in_blocks(arguments: Arguments, what: RecurrenceSpec) -> Result:
     q, v = arguments["q"], arguments["v"]
     if not what.causal:
         names = ("q", "k", "v", "feature_q", "feature_k", "valid", "state", "seen")
-        result = _bidirectional(*(arguments[name] for name in names), what)
+        result = _bidirectional(**{name: arguments[name] for name in names}, spec=what)
         return (result[0].to(q.dtype), *result[1:])
     out = q.new_empty(*q.shape[:3], v.shape[3])
     carry: Sequence[Tensor | None] = [arguments[name] for name in STATE]
@@ -171,9 +174,7 @@ def _blocks_backward(arguments: Arguments, what: RecurrenceSpec, grads: Sequence
     parameters = len(arguments["feature_q"]) + len(arguments["feature_k"]) + (arguments["window_gate"] is not None)
     for (start, stop, deep), carry in zip(reversed(walk), reversed(starts), strict=True):
         named = _block(arguments, start, stop, carry) | {"decay": None, "beta": None}
-        found = _gradients(
-            lambda named, deep=deep: _run_block(named, what, deep), named, [grads[0][:, start:stop], *carried]
-        )
+        found = _gradients(partial(_run_block, what=what, deep=deep), named, [grads[0][:, start:stop], *carried])
         pieces.append(found[:3])
         own = found[3 : 3 + parameters]
         shared = own if not shared else [one + other for one, other in zip(shared, own, strict=True)]

@@ -68,7 +68,11 @@ def machine_key() -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     here = Path(one_token.__file__)
-    sources = [here, here.parent.parent / "compile_worker.py", *sorted(Path(subquad.kernels.__file__).parent.glob("*.py"))]
+    sources = [
+        here,
+        here.parent.parent / "compile_worker.py",
+        *sorted(Path(subquad.kernels.__file__).parent.glob("*.py")),
+    ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     threads = str(torch.get_num_threads())
     return "|".join((torch.__version__, platform.machine(), _cpu_flags(), str(pick_vec_isa()), threads, digest))

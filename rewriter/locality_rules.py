@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 import torch.fx
@@ -142,7 +144,8 @@ def _permute(proof: Locality, node: Node) -> None:
     rank = len(shape_of(node.args[0]))
     order = list(range(rank))
     if name_of(node) == "permute":
-        order = [d % rank for d in node.args[1]]
+        dims: Any = node.args[1]
+        order = [d % rank for d in dims]
     elif name_of(node) == "transpose":
         a, b = (d % rank for d in node.args[1:3])
         order[a], order[b] = order[b], order[a]
@@ -162,7 +165,7 @@ def _squeeze(proof: Locality, node: Node) -> None:
     axis = proof.axes.get(node.args[0])
     if axis is not None:
         shape = shape_of(node.args[0])
-        dims = node.args[1] if len(node.args) > 1 else [n for n, size in enumerate(shape) if size == 1]
+        dims: Any = node.args[1] if len(node.args) > 1 else [n for n, size in enumerate(shape) if size == 1]
         dims = [d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)]
         gone = sum(1 for d in dims if d < axis.axis and shape[d] == 1)
         proof.axes[node] = TokenAxis(axis.axis - gone, axis.outer, axis.inner)

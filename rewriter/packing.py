@@ -63,9 +63,9 @@ def fuse_projections(module: torch.fx.GraphModule, groups: Groups) -> None:
             parts = graph.call_function(torch.ops.aten.split_with_sizes.default, (joint, sizes, -1))
             joint.meta.update(nodes[0].meta)
             for n, node in enumerate(nodes):
-                part = graph.call_function(operator.getitem, (parts, n))
-                part.meta.update(node.meta)
-                node.replace_all_uses_with(part)
+                piece = graph.call_function(operator.getitem, (parts, n))
+                piece.meta.update(node.meta)
+                node.replace_all_uses_with(piece)
         for node in nodes:
             graph.erase_node(node)
     graph.eliminate_dead_code(

@@ -355,3 +355,11 @@ def test_verify_measures_changed_weights_against_the_original_model() -> None:
         fast.head.weight.mul_(1.5)
     assert {m.rung: m.error for m in subquad.verify(fast).verification}["kl"] < 1e-9
     assert {m.rung: m.error for m in subquad.verify(original, fast).verification}["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_nothing_of_the_replaced_attention_is_computed_any_more(implementation: str) -> None:
+    fast = subquad.rewrite(tiny_llama(2, implementation), verify=False)
+    names = [str(node.target) for node in rewritten(fast).applied.graph.graph.nodes]
+    assert sum("subquad.softmax_attention" in name for name in names) == 2
+    assert not [name for name in names if "scaled_dot_product" in name or "softmax.int" in name or "matmul" in name]

@@ -42,9 +42,9 @@ class KernelSpec:
             if value not in allowed:
                 raise ValueError(f"KernelSpec.{name} is {value!r}; it must be one of {', '.join(allowed)}.")
         object.__setattr__(self, "flags", tuple(sorted(self.flags)))
-        for name, values, allowed in (("flags", self.flags, FLAGS), ("tables", self.tables, TABLES)):
-            if not set(values) <= set(allowed):
-                raise ValueError(f"KernelSpec.{name} is {values!r}; its members must be among {', '.join(allowed)}.")
+        for name, values, members in (("flags", self.flags, FLAGS), ("tables", self.tables, TABLES)):
+            if not set(values) <= set(members):
+                raise ValueError(f"KernelSpec.{name} is {values!r}; its members must be among {', '.join(members)}.")
         for name, size in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
             if size < 1:
                 raise ValueError(f"KernelSpec.{name} is {size}; it must be at least 1.")

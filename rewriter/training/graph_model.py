@@ -94,8 +94,8 @@ def _has(root: nn.Module, target: str) -> bool:
 class _Taker(torch.fx.Interpreter):
     def __init__(self, graph: torch.fx.GraphModule, wanted: set[torch.fx.Node]) -> None:
         super().__init__(graph)
-        self.wanted, self.values = wanted, {}
-        self.values: dict[torch.fx.Node, Tensor]
+        self.wanted = wanted
+        self.values: dict[torch.fx.Node, Tensor] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
@@ -116,7 +116,7 @@ def _canonical(value: Tensor, axes: tuple[int | None, ...]) -> Tensor:
         value = value.squeeze(axis)
         present = [a - 1 if a > axis else a for a in present]
     value = value.permute(present)
-    for place, axis in enumerate(axes):
-        if axis is None:
+    for place, present_axis in enumerate(axes):
+        if present_axis is None:
             value = value.unsqueeze(place)
     return value

@@ -28,12 +28,12 @@ class RegistryModel(TrainingModel):
         super().__init__(model, sites)
         from subquad.runtime.hf_seam import SITE
 
-        self.original, self.samples = False, None
+        self.original = False
+        self.samples: list[Sample | None] | None = None
         self._index = {id(model.get_submodule(site.path)): n for n, site in enumerate(sites)}
         self._seams = [model.get_submodule(site.path).__dict__[SITE] for site in sites]
         for seam in self._seams:
             seam.observer = self._observe
-        self.samples: list[Sample | None] | None
         self.head, self._body = _split(model)
 
     def hidden(self, ids: Tensor, original: bool = False) -> Tensor:
