@@ -18,6 +18,8 @@ from subquad.kernels.spec import RecurrenceSpec
 
 CHUNK = 64
 """Tokens per chunk; inputs known to be no longer than this are one chunk."""
+NEARBY = 16
+"""Tokens per chunk of the window branch: shorter chunks share a smaller slab of keys, so fewer masked scores are made."""
 MATRIX_COUNT = 32
 """Chunk counts up to which the prefix sum of states is a product with a triangle of ones, which moves less memory than
 cumsum.
@@ -60,12 +62,15 @@ def recurrence_chunked(
     layout = arrange(q, k, v, valid, window_k, window_v, seen, spec)
     past, live, keys, values = layout.past, layout.live, layout.keys, layout.values
     chunk: Any = CHUNK
+    nearby_chunk: Any = NEARBY
     count: Any = (total + CHUNK - 1) // CHUNK
     if statically_known_true(total <= CHUNK):
-        chunk, count = total, 1
+        chunk = nearby_chunk = total
+        count = 1
     elif not isinstance(total, int):
         count = count + 1  # one chunk of padding: a symbolic count of at least 2 needs no guard for the size 1
     span = count * chunk
+    nearby_count = count * (CHUNK // NEARBY) if nearby_chunk is not total else 1
     whole = statically_known_true(span == total)
 
     if not whole:
@@ -92,18 +97,19 @@ def recurrence_chunked(
         out = normalise(linear[..., :-1], linear[..., -1:], spec).flatten(2, 3).transpose(1, 2)
     else:
         sinks_k, sinks_v = layout.sinks_k, layout.sinks_v
-        local = _scores(query, keys * spec.scale, sinks_k * spec.scale, count, chunk, spec)
+        shape = nearby_count, nearby_chunk
+        local = _scores(query, keys * spec.scale, sinks_k * spec.scale, *shape, spec)
         hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(
-            ~_allowed(number, past, count, chunk, spec, deep), -torch.inf
+            ~_allowed(number, past, *shape, spec, deep), -torch.inf
         )
         weight = torch.softmax(local + hidden, -1)
         log_gamma = gate(window_gate, spec, local)
         if log_gamma.shape[0] > 1:
             log_gamma = log_gamma.view(kv_heads, 1, -1, 1, 1)
         mass = torch.exp(log_gamma) / weight.amax(-1, keepdim=True)
-        slab = _slabs(values, sinks_v, count, chunk, spec).transpose(3, 4)
-        nearby = torch.matmul(weight.flatten(3, 4), slab).unflatten(3, (-1, chunk))
-        linear = linear.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+        slab = _slabs(values, sinks_v, *shape, spec).transpose(3, 4)
+        nearby = torch.matmul(weight.flatten(3, 4), slab).unflatten(3, (-1, nearby_chunk))
+        linear = linear.flatten(2, 3).unflatten(2, shape).unflatten(1, (kv_heads, -1)).transpose(2, 3)
         out = torch.addcmul(linear[..., :-1], nearby, mass) / (mass + linear[..., -1:])
         out = out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
     out = out[:, :total]

@@ -16,7 +16,7 @@ from subquad.kernels.recurrence_chunked import recurrence_chunked, supports
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
-BLOCK = 1024
+BLOCK = 512
 """Tokens handled at once by the block loop: intermediates of this size stay in cache."""
 STATE = ("state", "window_k", "window_v", "seen")
 TOKENS = ("q", "k", "v", "beta", "valid")
