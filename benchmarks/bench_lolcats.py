@@ -131,8 +131,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     """Train what has no result in the work directory yet, then print the table of all results there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=300_000, help="budget of every model, over all stages")
-    parser.add_argument("--measure", type=int, default=65_536, help="tokens of each text to measure on")
+    parser.add_argument("--tokens", type=int, default=40_960, help="budget of every model, over all stages")
+    parser.add_argument("--measure", type=int, default=12_288, help="tokens of each text to measure on")
     parser.add_argument("--only", choices=KINDS, help="train this model alone")
     parser.add_argument(
         "--work", type=Path, default=Path("build/bench_lolcats"), help="where results and states are kept"

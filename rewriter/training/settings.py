@@ -27,7 +27,7 @@ class Settings:
 
     tokens: int
     length: int = 512
-    transfer_share: float = 0.1
+    transfer_share: float = 0.2
     transfer_rows: int = 4
     transfer_updates: int = 8
     transfer_rate: float = 3e-2
