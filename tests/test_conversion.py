@@ -136,12 +136,17 @@ except subquad.SubquadError as error:
 """
 
 
+def interruptible() -> None:
+    """Give a child the default SIGINT: tests started in the background inherit an ignored one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_child(directory: Path, text: Path, out: Path, kill: str, sent: str) -> subprocess.CompletedProcess[str]:
     code = CHILD.format(PASS=PASS, SMALL=SMALL)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(directory), str(text), str(out), kill, sent],
-        capture_output=True, text=True, env=environment, cwd=out.parent, timeout=250,
+        capture_output=True, text=True, env=environment, cwd=out.parent, timeout=250, preexec_fn=interruptible,
     )  # fmt: skip
 
 
