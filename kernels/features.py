@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +19,27 @@ def features(texts: Sequence[str], x: Tensor, weights: Sequence[Tensor]) -> Tens
     """phi(x) [B, H, T, F] of x [B, H, T, K] with weights [H, K, F'] in x's dtype; blocks are concatenated on the last
     axis.
     """
+    signs = _softmaxes(tuple(texts))
+    if signs and len({tuple(weight.shape) for weight in weights}) == 1:
+        joint = torch.cat([weights[index].to(x.dtype) * sign for sign, index in signs], -1)
+        return torch.matmul(x, joint).unflatten(-1, (len(signs), -1)).softmax(-1).flatten(-2)
     env: dict[str, Any] = {f"w{index}": weight.to(x.dtype) for index, weight in enumerate(weights)}
     blocks = evaluate_all(texts, env | {"x": x}, "feature")
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+
+@functools.cache
+def _softmaxes(texts: tuple[str, ...]) -> tuple[tuple[float, int], ...]:
+    """(sign, n) of each block when all blocks are softmax(x @ wn) or softmax(-(x @ wn)): then one product and one softmax
+    give the whole map; empty for any other map.
+    """
+    found = []
+    for text in texts:
+        match = re.fullmatch(r"softmax\((-?)\(?x @ w(\d+)\)?\)", text)
+        if match is None:
+            return ()
+        found.append((-1.0 if match[1] else 1.0, int(match[2])))
+    return tuple(found)
 
 
 def width(texts: Sequence[str], key_width: Any, weights: Sequence[Tensor]) -> Any:

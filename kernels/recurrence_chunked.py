@@ -18,7 +18,7 @@ from subquad.kernels.spec import RecurrenceSpec
 
 CHUNK = 64
 """Tokens per chunk; inputs known to be no longer than this are one chunk."""
-NEARBY = 16
+NEARBY = 32
 """Tokens per chunk of the window branch: shorter chunks share a smaller slab of keys, so fewer masked scores are made."""
 MATRIX_COUNT = 32
 """Chunk counts up to which the prefix sum of states is a product with a triangle of ones, which moves less memory than
@@ -125,19 +125,17 @@ def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         start = torch.zeros_like(added) if state is None else state.to(added.dtype)[:, :, None]
         return start, (start + added)[:, :, 0]
     if statically_known_true(count <= MATRIX_COUNT):
-        strict = torch.ones(count + 1, count, dtype=added.dtype, device=added.device).tril(-1)
+        strict = torch.ones(count, count, dtype=added.dtype, device=added.device).tril(-1)
         flat = added.flatten(0, 1).flatten(2)
-        strict = strict.expand(flat.shape[0], -1, -1)
-        if state is None:
-            sums = torch.bmm(strict, flat)
-        else:
-            sums = torch.baddbmm(state.to(added.dtype).flatten(0, 1).flatten(1)[:, None], strict, flat)
-        sums = sums.unflatten(2, added.shape[3:]).unflatten(0, added.shape[:2])
-    else:
-        sums = F.pad(torch.cumsum(added, 2), (0, 0, 0, 0, 1, 0))
+        sums = torch.matmul(strict, flat)
         if state is not None:
-            sums = sums + state.to(added.dtype)[:, :, None]
-    return sums[:, :, :-1], sums[:, :, -1]
+            sums = sums + state.to(added.dtype).flatten(0, 1).flatten(1)[:, None]
+        before = sums.unflatten(2, added.shape[3:]).unflatten(0, added.shape[:2])
+        return before, before[:, :, -1] + added[:, :, -1]
+    padded = F.pad(torch.cumsum(added, 2), (0, 0, 0, 0, 1, 0))
+    if state is not None:
+        padded = padded + state.to(added.dtype)[:, :, None]
+    return padded[:, :, :-1], padded[:, :, -1]
 
 
 def _windows(x: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
