@@ -100,7 +100,7 @@ def llama_cpp(count: int) -> float | None:
 
 
 FIRST = """
-import resource, sys, time
+import sys, time
 start = time.perf_counter()
 from subquad.text_generation import Sampling, open_for_generation, compile_decoder, decoder_of
 import torch
@@ -113,7 +113,8 @@ stream = made.generate(ids, max_new_tokens=16)
 next(stream)
 first = time.perf_counter() - start
 list(stream)
-print(first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss inherits the parent's
+print(first, int(peak.split()[1]) / 1024)
 """
 
 
@@ -148,9 +149,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--skip-first-token", action="store_true")
+    parser.add_argument("--only-first-token", action="store_true")
     arguments = parser.parse_args()
     print(machine.line())
-    steady(arguments)
+    if not arguments.only_first_token:
+        steady(arguments)
     if not arguments.skip_first_token:
         first_token(chat_ids(subquad.demo_weights()))
 
