@@ -150,12 +150,14 @@ def _unbind(root: nn.Module, record: Rewritten) -> None:
     else:
         from subquad.runtime.hf_seam import detach
 
-        detach(root, [r.site.path for r in record.replacements])
+        detach(root)
 
 
 def _has_seam(root: nn.Module, record: Rewritten) -> bool:
     """True for a Hugging Face model whose attention goes through the registry and whose masks it builds itself."""
     if not hasattr(root, "set_attn_implementation") or not hasattr(root, "config"):
+        return False
+    if any(r.call.operator == "recurrence" and r.site.folded != 1.0 for r in record.replacements):
         return False
     plain = {"full", "causal", "padding(attention_mask)", "causal & padding(attention_mask)"}
     if not all(
@@ -184,29 +186,6 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class AppliedSite:
-    """One rewritten site of a module: its path, the owning module, what the rewrite added (by name), and the rewrite."""
-
-    path: str
-    module: nn.Module
-    parameters: dict[str, nn.Parameter]
-    rewrite: Rewrite
-
-
-def applied_sites(model: nn.Module) -> list[AppliedSite]:
-    """The rewritten sites in execution order; empty for a module that was not rewritten."""
-    record = rewritten(model)
-    found = []
-    for replacement in record.replacements if record is not None else ():
-        owner, _, holder = replacement.prefix.rpartition(".")
-        module = model.get_submodule(owner)
-        learned = module._modules.get(holder)
-        parameters = dict(learned.named_parameters()) if learned is not None else {}
-        found.append(AppliedSite(replacement.site.path, module, parameters, replacement.rewrite))
-    return found
-
-
 @contextmanager
 def original_forward(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block a rewritten module runs its original forward; its parameters stay."""
@@ -219,23 +198,3 @@ def original_forward(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         record.undo = record.redo()
-
-
-def rebind(model: nn.Module) -> nn.Module:
-    """Apply a module's own plan again after its tree changed (adapters injected or merged); learned tensors are kept.
-
-    A Hugging Face model needs nothing, because its attention modules still run their own forward.
-    """
-    record = rewritten(model)
-    if record is None or "forward" not in model.__dict__:
-        return model
-    from subquad.capture import capture
-    from subquad.recognition import recognise
-
-    record.undo()
-    constants = {name: value for name, value in record.original.constants.items() if value is not None}
-    captured = capture(model, {**record.original.example, **constants})
-    fresh = recognise(captured, Report())
-    by_path = {site.path: site for site in fresh.sites}
-    steps = [(by_path[r.site.path], r.rewrite) for r in record.replacements]
-    return apply_plan(captured, steps, record.plan, record.report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes
 from subquad.passes.canonicalize.tidy import tidy
-from subquad.pipeline import EXACT_DEFAULT
+from subquad.pipeline import EXACT_DEFAULT, is_selected
 from subquad.recognition import recognise
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def rewrite_dynamo_graph(
     report = recognise(capture, Report())
     copied, mapping = copy_capture(capture)
     for site in report.sites:
-        if where is not None and not fnmatch.fnmatchcase(site.path, where):
+        if where is not None and not is_selected(site.path, where):
             continue
         refusals = []
         for chosen in passes:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class BoundForward:
     @staticmethod
     def _key(tensor: torch.Tensor) -> tuple[torch.dtype, str]:
         return tensor.dtype, tensor.device.type
+
+    @property
+    def __code__(self) -> CodeType:
+        """The code object that torch.export looks for on a forward."""
+        return type(self).__call__.__code__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundForward:
         """The forward of the copied module, on its own copy of the graph."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from subquad.application import apply_plan, restore, rewritten
+from subquad.application import apply_plan, original_forward, restore, rewritten
 from subquad.capture import Capture, capture
 from subquad.fingerprint import fingerprint
 from subquad.ir.contract import Contract
@@ -71,7 +72,8 @@ def inspect(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> R
 def _captured_report(model: nn.Module | ExportedProgram, example_inputs: Any) -> tuple[Capture, Report]:
     report = Report()
     start = time.perf_counter()
-    captured = capture(model, example_inputs)
+    with original_forward(model) if isinstance(model, nn.Module) else nullcontext():
+        captured = capture(model, example_inputs)
     report.seconds["capture"] = time.perf_counter() - start
     return captured, recognise(captured, report)
 
@@ -166,7 +168,7 @@ def choose(chosen: list[Rewrite], report: Report, where: str | None) -> list[tup
     if not report.sites:
         reasons = "; ".join(dict.fromkeys(str(refusal) for refusal in report.refusals[:3]))
         raise SelectionError(f"no attention was found, so there is nothing to rewrite: {reasons}")
-    selected = [site for site in report.sites if where is None or _matches(site.path, where)]
+    selected = [site for site in report.sites if where is None or is_selected(site.path, where)]
     if not selected:
         raise SelectionError(
             f"the pattern {where!r} matches no attention site; {did_you_mean(where or '', [s.path for s in report.sites[:6]])}"
@@ -185,7 +187,8 @@ def choose(chosen: list[Rewrite], report: Report, where: str | None) -> list[tup
     return steps
 
 
-def _matches(path: str, pattern: str) -> bool:
+def is_selected(path: str, pattern: str) -> bool:
+    """True when a site's path, or a module above it, matches the pattern (`*` crosses dots)."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern.rstrip(".") + ".*")
 
 

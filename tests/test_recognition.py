@@ -183,6 +183,38 @@ def test_softcap_and_scales_multiply_out() -> None:
     )
 
 
+class ScaledOperands(nn.Module):
+    """q, k and v multiplied or divided by numbers before the products."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x * 0.5).unsqueeze(1), (x / 0.25).unsqueeze(1), 3 * x.unsqueeze(1)
+        if self.spelling == "sdpa":
+            return nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return torch.softmax(0.3 * (q @ k.transpose(-1, -2)), -1) @ v
+
+
+@pytest.mark.parametrize("spelling", ["sdpa", "softmax"])
+def test_numbers_on_q_and_k_go_into_the_scale_and_values_keep_theirs(spelling: str) -> None:
+    model, x = ScaledOperands(spelling), torch.randn(2, 9, 16)
+    want = model(x)
+    site = subquad.inspect(model, (x,)).sites[0]
+    assert site.scale == pytest.approx(0.6)
+    assert site.folded == pytest.approx(2.0)
+    torch.testing.assert_close(subquad.rewrite(model, example_inputs=(x,), verify=False)(x), want)
+    torch._dynamo.reset()
+    compiled = torch.compile(ScaledOperands(spelling), backend="subquad", options={"inner": "aot_eager"})
+    torch.testing.assert_close(compiled(x), want)
+
+
+def test_scores_times_zero_are_refused() -> None:
+    report = subquad.inspect(ScoredAttention(lambda s: s * 0.0).eval(), (torch.randn(2, 9, 16),))
+    assert "by zero" in report.refusals[0].reason
+
+
 def test_a_tensor_times_the_scores_is_refused() -> None:
     odd = ScoredAttention(lambda s: s * s.abs().mean(-1, keepdim=True)).eval()
     report = subquad.inspect(odd, (torch.randn(2, 9, 16),))

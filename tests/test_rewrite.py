@@ -363,3 +363,32 @@ def test_nothing_of_the_replaced_attention_is_computed_any_more(implementation: 
     names = [str(node.target) for node in rewritten(fast).applied.graph.graph.nodes]
     assert sum("subquad.softmax_attention" in name for name in names) == 2
     assert not [name for name in names if "scaled_dot_product" in name or "softmax.int" in name or "matmul" in name]
+
+
+def test_a_rewritten_module_can_be_inspected_and_exported() -> None:
+    fast = subquad.rewrite(decoder(), example_inputs=(IDS,))
+    assert [site.mask.family for site in subquad.inspect(fast, (IDS,)).sites] == ["causal", "causal"]
+    program = torch.export.export(fast, (IDS,), strict=False)
+    torch.testing.assert_close(program.module()(IDS), decoder()(IDS))
+    llama = subquad.rewrite(tiny_llama(1), verify=False)
+    assert len(subquad.inspect(llama).sites) == 1
+    assert llama.config._attn_implementation == "subquad"
+
+
+def test_attention_modules_that_are_not_rewritten_keep_the_implementation_they_had() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=64, attn_logit_softcapping=2.0, layer_types=["full_attention"] * 2, eos_token_id=None,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0)
+        want = model(PROMPTS, attention_mask=PADDING).logits[PADDING.bool()]
+        fast = subquad.rewrite(model, where="model.layers.0.*", verify=False)
+        assert len(fast.report.applied) == 1
+        got = fast(PROMPTS, attention_mask=PADDING).logits[PADDING.bool()]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -87,10 +87,11 @@ class _Finder:
         heads = self._heads(q, rank, node)
         grouped = heads // self._heads(k, rank, node) if a["enable_gqa"] else 1
         q_read = peel(q, axes, heads, self.algebra)
-        k_read = self._peel_grouped(k, axes, heads, grouped)
-        v_read = self._peel_grouped(v, axes, heads, grouped)
+        k_read = _peel_grouped(k, axes, heads, grouped, self.algebra)
+        v_read = _peel_grouped(v, axes, heads, grouped, None)
         head_dim = self._static(shape_of(q), -1, node)
         scale = float(a["scale"]) if a["scale"] is not None else 1 / math.sqrt(head_dim)
+        scale *= q_read.factor * k_read.factor
         words = [f"scaled_dot_product_attention, scale {scale:g}"]
         predicate: sympy.Basic = sympy.true
         biases: tuple[Bias, ...] = ()
@@ -133,11 +134,9 @@ class _Finder:
             raise NotAttention(PROJECTION, node)
         output, weighted, passed = self._weighted_values(node)
         heads = self._heads(scores.product, rank, node)
-        q_read = peel(product.left, product.axes_of_left(rank), heads, self.algebra)
-        k_read = peel(product.right, product.axes_of_right(rank), heads, self.algebra)
-        v_read = peel(weighted.right, weighted.values_axes(rank), heads, self.algebra)
-        if v_read.factor != 1.0:
-            raise NotAttention("the values are scaled inside the attention", output)
+        q_read = peel(product.left, product.axes_of_left, heads, self.algebra)
+        k_read = peel(product.right, product.axes_of_right, heads, self.algebra)
+        v_read = peel(weighted.right, weighted.values_axes, heads, None)
         scale = scores.scale * q_read.factor * k_read.factor
         scores = Scores(
             scores.product, scale, scores.softcap, scores.biases, scores.predicate, scores.infinite,
@@ -178,12 +177,6 @@ class _Finder:
             passed.append(user)
             here = user
 
-    def _peel_grouped(self, node: Node, axes: tuple[sympy.Symbol, ...], heads: int, grouped: int) -> Peeled:
-        if grouped == 1:
-            return peel(node, axes, heads, self.algebra)
-        read = peel(node, axes, heads // grouped, self.algebra)
-        return Peeled(read.operand, read.repeats * grouped, read.factor, read.passed)
-
     def _heads(self, node: Node, rank: int, anchor: Node) -> int:
         return 1 if rank == 3 else self._static(shape_of(node), 1, anchor)
 
@@ -214,7 +207,8 @@ class _Finder:
             out_axes=out_axes, scale=scores.scale, mask=mask, heads=heads, kv_heads=heads // k.repeats,
             head_dim=self._static(q_shape, q.operand.axes[3] or 0, anchor),
             value_dim=self._static(shape_of(v.operand.node), v.operand.axes[3] or 0, anchor),
-            softcap=scores.softcap, biases=biases, absorbed=absorbed, evidence=tuple(evidence), source=source_of(anchor),
+            softcap=scores.softcap, biases=biases, folded=q.factor * k.factor,
+            absorbed=absorbed, evidence=tuple(evidence), source=source_of(anchor),
         )  # fmt: skip
 
     def _mask(self, scores: Scores, empty: EmptyRows, anchor: Node) -> tuple[Mask, tuple[Bias, ...]]:
@@ -253,3 +247,11 @@ class _Finder:
             if Q in free and KV in free:
                 found.add(function.func.__name__)
         return sorted(found)
+
+
+def _peel_grouped(
+    node: Node, axes: tuple[sympy.Symbol, ...], heads: int, grouped: int, algebra: MaskAlgebra | None
+) -> Peeled:
+    """The operand of an SDPA call, which itself repeats every key/value head `grouped` times."""
+    read = peel(node, axes, heads // grouped, algebra)
+    return replace(read, repeats=read.repeats * grouped)

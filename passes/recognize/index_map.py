@@ -15,7 +15,6 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 
 Node = torch.fx.Node
-END = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,6 @@ def trace_view(start: IndexMap) -> IndexMap | None:
         moved = _STEPS[name](a, indices, shape, shape_of(node) or ())
         return None if moved is None else IndexMap(base, moved)
     return None
-
-
-def trace_views(start: IndexMap) -> tuple[IndexMap, list[Node]]:
-    """Walk back through views as far as they go; returns the earliest element and the views passed."""
-    passed: list[Node] = []
-    here = start
-    while True:
-        before = trace_view(here)
-        if before is None:
-            return here, passed
-        passed.append(here.node)
-        here = before
 
 
 Indices = tuple[sympy.Basic, ...]

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from subquad.ir.graph import shape_of
-from subquad.ir.vocabulary import arguments, kind
+from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mask_algebra import RULES, MaskAlgebra
 from subquad.passes.recognize.symbolic_tensor import axis, is_one
@@ -83,11 +83,3 @@ for _name in VIEWS:
 RULES["index"] = _gather
 RULES["getitem"] = _gather
 RULES["cat"] = _concatenation
-
-
-def is_view(node: Any) -> bool:
-    """True when the node only renames indices of one tensor."""
-    name = kind(node)
-    if name == "getitem":
-        return not _has_tensor(arguments(node)["index"])
-    return name in VIEWS or name in ("contiguous",)

@@ -31,11 +31,12 @@ class Peeled:
     passed: tuple[Node, ...]
 
 
-def peel(node: Node, axes: tuple[sympy.Symbol | None, ...], heads: int, algebra: MaskAlgebra) -> Peeled:
+def peel(node: Node, axes: tuple[sympy.Symbol | None, ...], heads: int, algebra: MaskAlgebra | None) -> Peeled:
     """Walk back from a product's operand to the earliest tensor with clean (batch, time, head, dim) axes.
 
     axes: for each axis of `node` the symbol B, H, TIME or DIM.  heads: query heads.  Multiplications by one number are
-    taken out as a factor.  Raises NotAttention when the operand is not a tensor with those axes.
+    taken out as a factor when `algebra` is there to read numbers; values keep theirs.
+    Raises NotAttention when the operand is not a tensor with those axes.
     """
     here = IndexMap(node, tuple(sympy.S.Zero if a is None else a for a in axes))
     best = _read(here, heads)
@@ -47,7 +48,7 @@ def peel(node: Node, axes: tuple[sympy.Symbol | None, ...], heads: int, algebra:
     while True:
         before = trace_view(here)
         if before is None:
-            scaled = _scaled(here.node, algebra)
+            scaled = None if algebra is None else _scaled(here.node, algebra)
             if scaled is None:
                 break
             before, pending = IndexMap(scaled[0], here.indices), pending * scaled[1]
@@ -65,11 +66,11 @@ def _scaled(node: Node, algebra: MaskAlgebra) -> tuple[Node, float] | None:
     a = arguments(node)
     if isinstance(a["a"], Node) and shape_of(a["a"]) is not None and a.get("rounding_mode") is None:
         number = constant_of(a["b"], algebra)
-        if number is not None and _same_shape(a["a"], node):
+        if number and _same_shape(a["a"], node):
             return a["a"], 1 / number if kind(node) == "div" else number
     if kind(node) == "mul" and isinstance(a["b"], Node):
         number = constant_of(a["a"], algebra)
-        if number is not None and _same_shape(a["b"], node):
+        if number and _same_shape(a["b"], node):
             return a["b"], number
     return None
 

@@ -36,11 +36,13 @@ class Product:
         """True when the contraction runs over the left's last axis: probabilities times values."""
         return self.left_letters[-1] == self.contracted
 
-    def axes_of_left(self, rank: int) -> Axes:
+    @property
+    def axes_of_left(self) -> Axes:
         """Roles of the left axes when the product gives scores: out letters are (b, h, q, k)."""
         return tuple(self._scores_role(c, query=True) for c in self.left_letters)
 
-    def axes_of_right(self, rank: int) -> Axes:
+    @property
+    def axes_of_right(self) -> Axes:
         """Roles of the right axes when the product gives scores."""
         return tuple(self._scores_role(c, query=False) for c in self.right_letters)
 
@@ -52,7 +54,8 @@ class Product:
             return TIME
         return _batch_role(letter, out)
 
-    def values_axes(self, rank: int) -> Axes:
+    @property
+    def values_axes(self) -> Axes:
         """Roles of the right axes when the left is probabilities (b, h, q, k)."""
         return tuple(
             TIME if c == self.contracted else _batch_role(c, self.left_letters) if c in self.left_letters else DIM

@@ -207,9 +207,11 @@ def _scaled(scores: Scores, node: Node, before: Node, a: dict[str, Any], algebra
     factor = constant_of(other, algebra)
     if factor is None:
         raise NotAttention("the scores are multiplied by a tensor, not by one number", node)
+    if factor == 0:
+        raise NotAttention("the scores are multiplied or divided by zero", node)
     factor = 1 / factor if divided else factor
-    if scores.predicate != sympy.true and factor <= 0:
-        raise NotAttention("masked scores are multiplied by a number that is not positive", node)
+    if (scores.predicate != sympy.true or scores.softcap is not None) and factor <= 0:
+        raise NotAttention("masked or capped scores are multiplied by a number that is not positive", node)
     return scores.after(
         node,
         f"{'div' if divided else 'mul'}",

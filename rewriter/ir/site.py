@@ -45,7 +45,8 @@ class Site:
     path: module path, with the call suffix when a module is called more than once.  origin: "sdpa" | "softmax".
     phase: "full" (q and k have the same length: prefill or training) | "decode" | "cross".
     q, k, v: operands, GQA repetition peeled off.  out: the node that holds the result, in `out_axes` order (batch, time,
-    head, dim).  scale multiplies q·k; softcap c means c·tanh(s/c) after it.  biases are added then, the mask applied last.
+    head, dim).  scale multiplies q·k, `folded` of it taken out of q and k;
+    softcap c means c·tanh(s/c) after it.  biases are added then, the mask applied last.
     heads, kv_heads, head_dim, value_dim: static sizes.  sinks: logit node [H] or None.  absorbed: interior nodes.
     evidence: sentences saying how each part was read.  source: file:line of the user's code.
     """
@@ -68,6 +69,7 @@ class Site:
     biases: tuple[Bias, ...] = ()
     sinks: torch.fx.Node | None = None
     dropout: float = 0.0
+    folded: float = 1.0
     absorbed: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
     evidence: tuple[str, ...] = ()
     source: str = ""

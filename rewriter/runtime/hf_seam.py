@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
 from subquad.runtime.hf_cache import TAG, RecurrentLayer, with_recurrent_layers
@@ -29,6 +36,7 @@ class MaskCall:
 
     arguments: dict[str, Any]
     _dense: Tensor | None = field(default=None, repr=False)
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def plain(self) -> bool:
@@ -61,20 +69,28 @@ class MaskCall:
             self._dense = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False})
         return self._dense
 
+    def made_by(self, implementation: str) -> Any:
+        """The mask that another attention implementation builds from the same arguments."""
+        if implementation not in self._made:
+            self._made[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+        return self._made[implementation]
+
 
 @dataclass(eq=False)
 class SeamSite:
     """What an attention module runs instead of its own attention.
 
-    operator: "softmax_attention" | "recurrence".  spec: canonical JSON.  parameters: learned tensors by operator argument.
-    observer: called with (module, q, k, v, mask) before the operator;
-    a tensor it returns is used as the output (conversion uses this to pass the original's output on).
+    operator: "softmax_attention" | "recurrence", or "original" for a module that was not rewritten.  spec: canonical JSON.
+    parameters: learned tensors by operator argument.  previous: name of the attention implementation the module had.
+    observer: called with (module, q, k, v, mask) before the operator; a tensor it returns is used as the output
+    (conversion uses this to pass the original's output on).
     """
 
     operator: str
     spec: str
     parameters: Mapping[str, tuple[Tensor, ...]]
     observer: Observer | None = None
+    previous: str = "sdpa"
 
 
 PREVIOUS = "_subquad_previous"
@@ -84,14 +100,20 @@ PREVIOUS = "_subquad_previous"
 def attach(model: nn.Module, sites: Mapping[str, SeamSite]) -> None:
     """Route the attention of the named modules through our operators; `detach` undoes it.
 
-    model: a transformers PreTrainedModel.  sites: implementation by module path.  Modules without one keep SDPA.
+    model: a transformers PreTrainedModel.  sites: implementation by module path.  Modules without one keep the
+    implementation they had.
     """
     _register()
     before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
     if before != NAME:
         model.__dict__[PREVIOUS] = before
+    previous: str = model.__dict__[PREVIOUS]
     for path, site in sites.items():
+        site.previous = previous
         model.get_submodule(path).__dict__[SITE] = site
+    untouched = SeamSite("original", "", {}, previous=previous)
+    for module in model.modules():
+        module.__dict__.setdefault(SITE, untouched)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     recurrent = {
         int(model.get_submodule(path).layer_idx)  # type: ignore[arg-type]
@@ -102,10 +124,10 @@ def attach(model: nn.Module, sites: Mapping[str, SeamSite]) -> None:
         model.__dict__["_prepare_cache_for_generation"] = _CachePreparation(model, recurrent)
 
 
-def detach(model: nn.Module, paths: Iterable[str]) -> None:
-    """Give the named attention modules, and the model, back what they had before `attach`."""
-    for path in paths:
-        model.get_submodule(path).__dict__.pop(SITE, None)
+def detach(model: nn.Module) -> None:
+    """Give the model and its attention modules back what they had before `attach`."""
+    for module in model.modules():
+        module.__dict__.pop(SITE, None)
     model.__dict__.pop("_prepare_cache_for_generation", None)
     model.set_attn_implementation(model.__dict__.pop(PREVIOUS))  # type: ignore[operator]
 
@@ -165,13 +187,17 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention function of the registry: [B, H, T, D] in, [B, T, H, V] out.
 
-    A module without a site, or active dropout, runs sdpa with the dense mask.
+    A module that was not rewritten, or active dropout, runs the implementation the model had before, with its own mask.
     """
     site: SeamSite | None = module.__dict__.get(SITE)
     call: MaskCall | None = getattr(attention_mask, MASK, None)
-    if site is None or dropout > 0:
-        dense = call.dense() if call is not None else attention_mask
-        return sdpa_attention_forward(module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs)
+    if site is None or site.operator == "original" or dropout > 0:
+        previous = "sdpa" if site is None else site.previous
+        own = call.made_by(previous) if call is not None else attention_mask
+        output: tuple[Tensor, None] = _implementation(module, previous)(
+            module, query, key, value, own, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
     if site.observer is not None:
         if call is None:
             raise ValueError("an observed attention needs the model's own mask, not a mask given as a tensor.")
@@ -180,15 +206,34 @@ def attention(
             return given, None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if site.operator == "softmax_attention":
-        return softmax_output(site, q, k, v, call, attention_mask), None
+        return softmax_output(site, q, k, v, call, attention_mask, scaling), None
     return recurrence_output(site, q, k, v, call, getattr(key, TAG, None)), None
 
 
+def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The attention function that the module would call under this name; eager ones live beside the module's class."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function
+
+
 def softmax_output(
-    site: SeamSite, q: Tensor, k: Tensor, v: Tensor, call: MaskCall | None, attention_mask: Tensor | None = None
+    site: SeamSite,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: MaskCall | None,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
-    """The site's softmax attention of q [B, Tq, H, D] over k, v [B, Tk, Hkv, D] under the mask of this call."""
+    """The site's softmax attention of q [B, Tq, H, D] over k, v [B, Tk, Hkv, D] under the mask of this call.
+
+    scaling: the factor that the module asks for, which leaves out what it already multiplied into q or k; None means the
+    site's own.
+    """
     spec = SoftmaxSpec.parse(site.spec)
+    if scaling is not None:
+        spec = replace(spec, scale=scaling)
     if call is None or not call.plain:
         dense = call.dense() if call is not None else attention_mask
         bias = None
