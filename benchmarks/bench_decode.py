@@ -10,8 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import llama_peer
 import machine
 import torch
 
@@ -58,7 +61,7 @@ def theirs(model: torch.nn.Module, ids: torch.Tensor, count: int) -> float:
 
 
 def steady(arguments: argparse.Namespace) -> None:
-    """Alternating runs of both, medians and their ratio, the physical limit beside them."""
+    """Runs of each in turn, medians and their ratios, the physical limit of the same minutes beside them."""
     from transformers import AutoModelForCausalLM
 
     from subquad.incremental import decoder
@@ -73,30 +76,58 @@ def steady(arguments: argparse.Namespace) -> None:
     made.compile()
     ready = time.perf_counter() - start
     count = arguments.tokens
-    pairs = [(ours(made, ids, count), theirs(peer, ids, count)) for _ in range(arguments.pairs + 1)][1:]
     bytes_read = sum(p.numel() * p.element_size() for p in model.parameters())
-    rate = machine.read_bandwidth()
-    print(f"one-token programs ready after {ready:.1f} s ({arguments.dtype}, {count} tokens, prompt of {ids.shape[1]})")
-    print("| decoder | tokens/s (median) | best |\n|---|---|---|")
-    both = {"subquad": [a for a, _ in pairs], "Hugging Face generate, cache on": [b for _, b in pairs]}
-    for name, values in both.items():
-        print(f"| {name} | {statistics.median(values):.1f} | {max(values):.1f} |")
-    print(f"| limit: {bytes_read / 1e6:.0f} MB of weights at {rate / 1e9:.1f} GB/s | {rate / bytes_read:.1f} | |")
-    llama = llama_cpp(arguments.tokens)
-    print(f"| llama.cpp | {llama:.1f} | |" if llama else "| llama.cpp | not installed here | |")
-    print(f"median of the {len(pairs)} ratios: {statistics.median(a / b for a, b in pairs):.2f}x")
+    limit = f"limit: {bytes_read / 1e6:.0f} MB of weights at the memory's rate"
+    with llama_cpp(count, arguments.dtype) as llama:
+        runs: dict[str, Callable[[], float]] = {
+            "subquad": lambda: ours(made, ids, count),
+            "Hugging Face generate, cache on": lambda: theirs(peer, ids, count),
+            limit: lambda: machine.read_bandwidth(repeats=3) / bytes_read,
+        }
+        if llama is not None:
+            runs["llama.cpp, the same tensors"] = llama
+        values: dict[str, list[float]] = {name: [] for name in runs}
+        for n in range(arguments.pairs + 1):
+            for name, run in runs.items():
+                speed = run()
+                if n:
+                    values[name].append(speed)
+    print(f"programs ready after {ready:.1f} s ({arguments.dtype}, {count} tokens, prompt of {ids.shape[1]})")
+    print("| decoder | tokens/s (median) | best | subquad / it, median of the ratios |\n|---|---|---|---|")
+    for name, found in values.items():
+        ratio = statistics.median(a / b for a, b in zip(values["subquad"], found, strict=True))
+        print(f"| {name} | {statistics.median(found):.1f} | {max(found):.1f} | {ratio:.2f} |")
+    if llama is None:
+        print("| llama.cpp | not installed here | | |")
 
 
-def llama_cpp(count: int) -> float | None:
-    """Tokens per second of llama.cpp on the GGUF file of SUBQUAD_GGUF, made from the same tensors; None without it."""
-    path = os.environ.get("SUBQUAD_GGUF")
-    if path is None or importlib.util.find_spec("llama_cpp") is None:
-        return None
-    from llama_cpp import Llama
+@contextmanager
+def llama_cpp(count: int, dtype: str) -> Iterator[Callable[[], float] | None]:
+    """A function that runs llama.cpp once in its own process on the same tensors; None when it is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None or dtype != "bf16":
+        yield None
+        return
+    from subquad.packaged_weights import packaged_gguf
 
-    model = Llama(path, n_threads=torch.get_num_threads(), verbose=False)
-    times = [time.perf_counter() for _ in model(PROMPT, max_tokens=count, stream=True, temperature=0)]
-    return (len(times) - 1) / (times[-1] - times[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bf16.gguf"
+        llama_peer.write_bf16(packaged_gguf(), path)
+        options = ["--tokens", str(count), "--threads", str(torch.get_num_threads()), "--prompt", PROMPT]
+        command = [sys.executable, llama_peer.__file__, str(path), *options]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdout.readline()
+
+            def run() -> float:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                return float(process.stdout.readline())
+
+            yield run
+            process.stdin.close()
 
 
 FIRST = """

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
 from subquad.application import original_forward
-from subquad.site_oracle import site_rungs
-from subquad.verification import end_to_end_rungs
+from subquad.site_oracle import allowed_error, relative_error, site_rungs
+from subquad.verification import _double_output, end_to_end_rungs
 
 
 def prompts(count: int) -> list[str]:
@@ -48,8 +48,26 @@ def main() -> None:
         for rung in (site_rungs(record)[0], *end_to_end_rungs(fast, record, inputs)):
             name = str(dtype).removeprefix("torch.")
             print(f"| {name} | {rung.rung}: {rung.detail} | {rung.error:.3g} | {rung.allowed:.3g} | {rung.passed} |")
+        wide_window(directory, dtype, inputs)
         if dtype is torch.float32:
             tokens(fast, tokenizer, texts, arguments.tokens)
+
+
+def wide_window(directory: Path, dtype: torch.dtype, inputs: dict[str, torch.Tensor]) -> None:
+    """linearize:lolcats with a window as long as the text is softmax attention: its logits against the exact allowance."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    length = inputs["input_ids"].shape[1]
+    fast = subquad.rewrite(model, passes=f"linearize:lolcats(window={length}, sinks=0)", verify=False)
+    record = fast.__dict__["_subquad"]
+    measured = end_to_end_rungs(fast, record, inputs)[0]
+    with torch.no_grad(), original_forward(fast):
+        before = fast(**inputs).logits
+    keep = inputs["attention_mask"].bool()
+    own = relative_error(before[keep], _double_output(record.original, inputs)[keep])
+    allowed = allowed_error(own, dtype)
+    name = str(dtype).removeprefix("torch.")
+    what = f"lolcats, window {length} of {length} tokens, logits: {measured.detail}"
+    print(f"| {name} | {what} | {measured.error:.3g} | {allowed:.3g} | {measured.error <= allowed} |")
 
 
 def tokens(fast: torch.nn.Module, tokenizer: object, texts: list[str], count: int) -> None:

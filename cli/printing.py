@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from subquad.ir.cost import Declined
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Measurement, Report
 
@@ -104,7 +105,21 @@ def print_applied(report: Report) -> None:
     ]
     print_table("Rewritten", ["#sites", "path", "pass", "contract"], rows)
     print_refusals("Not rewritten", report.refused)
+    _print_declined(report.declined)
     print_refusals("Rolled back", report.rolled_back)
+
+
+def _print_declined(sites: Sequence[Declined]) -> None:
+    """Sites that keep their own form, with both predicted times."""
+    equal = _equal([(s.path or "<root>", {k: v for k, v in s.json().items() if k != "path"}) for s in sites])
+    rows = [
+        [
+            len(paths), shorten(paths), value["rewrite"], f"{value['predicted']['original_seconds']:.3g}",
+            f"{value['predicted']['rewritten_seconds']:.3g}", value["reason"],
+        ]
+        for paths, value in equal
+    ]  # fmt: skip
+    print_table("Declined by the cost model", ["#sites", "path", "pass", "#s as it is", "#s with it", "reason"], rows)
 
 
 def print_verification(measurements: Sequence[Measurement]) -> None:

@@ -37,8 +37,8 @@ def command(
 ) -> int:
     """Rewrite MODEL and save it as OUT (a directory, or a .pt2 program when the name ends so).
 
-    Without -p the exact passes are applied.  The error of every rewrite is measured; one that breaks its contract is
-    taken back and reported.
+    Without -p the exact passes are applied where the cost model predicts a gain; other sites are listed as declined.  The
+    error of every rewrite is measured; one that breaks its contract is taken back and reported.
     """
     import subquad
     from subquad.artifact import check_output
@@ -70,6 +70,12 @@ def command(
         printing.print_verification(report.verification)
         printing.print_notes(report)
     if report.applied:
+        return OK
+    if report.declined and not (report.refused or report.rolled_back):
+        click.echo(
+            f"subquad: the cost model declined every site of {model}, so nothing was saved; -p fuse rewrites them all the same.",
+            err=True,
+        )
         return OK
     click.echo(f"subquad: no site of {model} was rewritten, so nothing was saved; the report says why.", err=True)
     return REFUSED

@@ -2,9 +2,10 @@
 
 from subquad.codegen.building import SHARED_LIMITS, BuildReport, build
 from subquad.codegen.launch import provider
+from subquad.codegen.schedule import scheduled
 from subquad.codegen.source import emit
 from subquad.kernels import provide
 
 provide(provider)
 
-__all__ = ["SHARED_LIMITS", "BuildReport", "build", "emit"]
+__all__ = ["SHARED_LIMITS", "BuildReport", "build", "emit", "scheduled"]

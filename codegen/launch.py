@@ -12,6 +12,7 @@ from torch import Tensor
 
 from subquad.codegen import recurrence_template, softmax_template
 from subquad.codegen.cache import load, store
+from subquad.codegen.schedule import RECURRENCE, SOFTMAX, Schedule, scheduled
 from subquad.codegen.source import arguments, emit
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, recurrence_reference, softmax_attention_reference
@@ -49,7 +50,7 @@ def target_of(tensor: Tensor) -> str:
     return f"cuda:{major}{minor}"
 
 
-def softmax_forward(given: dict[str, Any], block_q: int = 64, block_kv: int = 64) -> tuple[Tensor, Tensor]:
+def softmax_forward(given: dict[str, Any], schedule: Schedule = SOFTMAX) -> tuple[Tensor, Tensor]:
     """subquad::softmax_attention by its Triton kernel; segments are joined first. Same arguments by name, same
     results.
     """
@@ -97,15 +98,15 @@ def softmax_forward(given: dict[str, Any], block_q: int = 64, block_kv: int = 64
     values |= {f"s{index}": number for index, number in enumerate(given["scalars"])}
     spec = KernelSpec(
         "softmax_attention", given["spec"], _dtype(q), width, value.shape[3], flags=tuple(flags), tables=tuple(tables),
-        block_q=block_q, block_kv=block_kv, target=target_of(q),
+        target=target_of(q),
     )  # fmt: skip
     if o.numel():
-        _launch(spec, values, (-(-q_len // block_q), batch * heads))
+        _launch(scheduled(spec, schedule), values, (-(-q_len // schedule.block_q), batch * heads))
     o, lse = finish(o, lse, keys, None, what) if given["sinks"] is None else (o, lse)
     return o.to(q.dtype), lse if what.lse else lse.new_empty(0)
 
 
-def recurrence_forward(given: dict[str, Any], chunk: int = 32, block: int = 32) -> tuple[Tensor, ...]:
+def recurrence_forward(given: dict[str, Any], schedule: Schedule = RECURRENCE) -> tuple[Tensor, ...]:
     """subquad::recurrence by its Triton kernel for specs the template admits. Same arguments by name, same results."""
     what = RecurrenceSpec.parse(given["spec"])
     q, v = given["q"], given["v"]
@@ -116,10 +117,10 @@ def recurrence_forward(given: dict[str, Any], chunk: int = 32, block: int = 32) 
     weights = [*given["feature_q"], *given["feature_k"]]
     hidden = weights[0].shape[-1] if weights else 0
     flags = () if given["state"] is None else ("state",)
-    spec = KernelSpec(
-        "recurrence", given["spec"], _dtype(q), width, v.shape[3], hidden, flags, block_q=chunk, block_kv=block, num_warps=8,
-        target=target_of(q),
-    )  # fmt: skip
+    spec = scheduled(
+        KernelSpec("recurrence", given["spec"], _dtype(q), width, v.shape[3], hidden, flags, target=target_of(q)),
+        schedule,
+    )
     final = q.new_empty(batch, heads, sum(recurrence_template.block_widths(spec)), v.shape[3] + 1, dtype=torch.float32)
     live = torch.as_tensor(layout.live, device=q.device).reshape(-1).expand(batch).contiguous()
     values: dict[str, Any] = {
@@ -137,7 +138,7 @@ def recurrence_forward(given: dict[str, Any], chunk: int = 32, block: int = 32) 
         values |= {f"w{index}_{side}_ptr": weight.float().contiguous() for index, weight in enumerate(side_weights)}
     kv_heads = layout.keys.shape[2]
     values |= {"heads": heads, "kv_heads": kv_heads, "group": heads // kv_heads, "length": length}
-    _launch(spec, values, (-(-v.shape[3] // 64), batch * heads))
+    _launch(spec, values, (-(-v.shape[3] // recurrence_template.VALUE_BLOCK), batch * heads))
     return complete(layout, out, final, what)
 
 

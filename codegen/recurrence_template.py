@@ -122,6 +122,9 @@ def absorb(score, values, top, mass, near):
     return new_top, mass * shrink + tl.sum(weight, axis=1), near
 ''')
 
+VALUE_BLOCK = 64
+"""Most value columns that one program owns; the grid's first axis counts such blocks."""
+
 
 def weight_count(what: RecurrenceSpec) -> int:
     """How many weights w0.. the feature map reads."""
@@ -176,7 +179,7 @@ def source(spec: KernelSpec) -> str:
     widths = block_widths(spec)
     pads = [_pad(width) for width in widths]
     total = sum(widths)
-    value_block = min(_pad(spec.value_dim), 64)
+    value_block = min(_pad(spec.value_dim), VALUE_BLOCK)
     weights, prepare, read, write, store = [], [], [], [], []
     for index in range(weight_count(what)):
         columns = f"tl.arange(0, {_pad(spec.feature_dim)})"

@@ -15,6 +15,7 @@ else:
     from subquad.kernels.decomposition import decompositions
     from subquad.kernels.expression import evaluate, parse
     from subquad.kernels.intervals import block_tests
+    from subquad.kernels.narrow_linear import narrow_linear
     from subquad.kernels.provider import provide, provided
     from subquad.kernels.recurrence_by_token import recurrence_reference
     from subquad.kernels.recurrence_forms import recurrence_torch
@@ -33,6 +34,7 @@ else:
         "evaluate",
         "merge",
         "merge_all",
+        "narrow_linear",
         "parse",
         "provide",
         "provided",

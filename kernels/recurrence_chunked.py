@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from subquad.kernels.features import features, gate, normalise, repeat_heads
 from subquad.kernels.recurrence_by_token import Result
 from subquad.kernels.recurrence_layout import arrange, complete
+from subquad.kernels.sizes import surely
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
@@ -64,14 +64,14 @@ def recurrence_chunked(
     chunk: Any = CHUNK
     nearby_chunk: Any = NEARBY
     count: Any = (total + CHUNK - 1) // CHUNK
-    if statically_known_true(total <= CHUNK):
+    if surely(total <= CHUNK):
         chunk = nearby_chunk = total
         count = 1
     elif not isinstance(total, int):
         count = count + 1  # one chunk of padding: a symbolic count of at least 2 needs no guard for the size 1
     span = count * chunk
     nearby_count = count * (CHUNK // NEARBY) if nearby_chunk is not total else 1
-    whole = statically_known_true(span == total)
+    whole = surely(span == total)
 
     if not whole:
         keys, values = (F.pad(x, (0, 0, 0, 0, 0, span - total)) for x in (keys, values))
@@ -91,18 +91,18 @@ def recurrence_chunked(
     summed = repeat_heads(torch.cat([values, ones], -1)[:, :span], heads).unflatten(2, (count, chunk))
     before, final = _running(torch.matmul(phi_k.transpose(3, 4), summed), state)
     triangle = torch.matmul(phi_q, phi_k.transpose(3, 4)).tril()
-    linear = torch.matmul(phi_q, before) + torch.matmul(triangle, summed)
+    linear = _plus_product(torch.matmul(phi_q, before), triangle, summed)
 
     if spec.window == 0:
         out = normalise(linear[..., :-1], linear[..., -1:], spec).flatten(2, 3).transpose(1, 2)
     else:
         sinks_k, sinks_v = layout.sinks_k, layout.sinks_v
         shape = nearby_count, nearby_chunk
-        local = _scores(query, keys * spec.scale, sinks_k * spec.scale, *shape, spec)
         hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(
             ~_allowed(number, past, *shape, spec, deep), -torch.inf
         )
-        weight = torch.softmax(local + hidden, -1)
+        local = _scores(query, keys * spec.scale, sinks_k * spec.scale, hidden, *shape, spec)
+        weight = torch.softmax(local, -1)
         log_gamma = gate(window_gate, spec, local)
         if log_gamma.shape[0] > 1:
             log_gamma = log_gamma.view(kv_heads, 1, -1, 1, 1)
@@ -121,15 +121,18 @@ def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     1].
     """
     count = added.shape[2]
-    if statically_known_true(count == 1):
+    if surely(count == 1):
         start = torch.zeros_like(added) if state is None else state.to(added.dtype)[:, :, None]
         return start, (start + added)[:, :, 0]
-    if statically_known_true(count <= MATRIX_COUNT):
+    if surely(count <= MATRIX_COUNT):
         strict = torch.ones(count, count, dtype=added.dtype, device=added.device).tril(-1)
         flat = added.flatten(0, 1).flatten(2)
-        sums = torch.matmul(strict, flat)
-        if state is not None:
-            sums = sums + state.to(added.dtype).flatten(0, 1).flatten(1)[:, None]
+        each = strict.expand(flat.shape[0], -1, -1)
+        if state is None:
+            sums = torch.bmm(each, flat)
+        else:
+            start = state.to(added.dtype).flatten(0, 1).flatten(1)[:, None]
+            sums = torch.baddbmm(start.expand_as(flat), each, flat)
         before = sums.unflatten(2, added.shape[3:]).unflatten(0, added.shape[:2])
         return before, before[:, :, -1] + added[:, :, -1]
     padded = F.pad(torch.cumsum(added, 2), (0, 0, 0, 0, 1, 0))
@@ -156,11 +159,20 @@ def _slabs(x: Tensor, sinks: Tensor, count: Any, chunk: Any, spec: RecurrenceSpe
     return torch.cat([fixed, local], -1)
 
 
-def _scores(query: Tensor, keys: Tensor, sinks: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
-    """Window scores [B, Hkv, count, G, chunk, sinks + chunk + window] of keys and sinks already scaled."""
+def _scores(
+    query: Tensor, keys: Tensor, sinks: Tensor, hidden: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec
+) -> Tensor:
+    """Window scores [B, Hkv, count, G, chunk, sinks + chunk + window] of keys and sinks already scaled, plus `hidden`."""
     kv_heads = keys.shape[2]
     rows = query.unflatten(2, (kv_heads, -1)).unflatten(1, (count, chunk)).permute(0, 3, 1, 4, 2, 5)
-    return torch.matmul(rows.flatten(3, 4), _slabs(keys, sinks, count, chunk, spec)).unflatten(3, (-1, chunk))
+    slabs = _slabs(keys, sinks, count, chunk, spec)
+    start = hidden.expand(*rows.shape[:5], slabs.shape[-1])
+    return _plus_product(start.flatten(3, 4), rows.flatten(3, 4), slabs).unflatten(3, (-1, chunk))
+
+
+def _plus_product(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """start + a @ b of equal batch axes, in one pass over the result."""
+    return torch.baddbmm(start.flatten(0, 2), a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])
 
 
 def _allowed(number: Tensor, past: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec, deep: bool) -> Tensor:

@@ -45,8 +45,7 @@ def check(arguments: dict[str, Any]) -> RecurrenceSpec:
     return spec
 
 
-@torch.library.custom_op("subquad::recurrence", mutates_args=())
-def recurrence(
+def recurrence_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -104,6 +103,9 @@ def recurrence(
     found = provider("recurrence", arguments) if provider is not None and q.device.type != "cpu" else None
     result = forms.forward(arguments) if found is None else found
     return tuple(output.contiguous() for output in result)  # type: ignore[return-value]
+
+
+recurrence = torch.library.custom_op("subquad::recurrence", recurrence_forward, mutates_args=())
 
 
 @recurrence.register_fake

@@ -16,8 +16,7 @@ from subquad.kernels.softmax_torch import compute_dtype, softmax_attention_torch
 from subquad.kernels.spec import SoftmaxSpec
 
 
-@torch.library.custom_op("subquad::softmax_attention", mutates_args=())
-def softmax_attention(
+def softmax_attention_forward(
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -55,6 +54,8 @@ def softmax_attention(
         o, lse = softmax_attention_torch(*arguments) if found is None else found
     return o.contiguous(), lse.contiguous()
 
+
+softmax_attention = torch.library.custom_op("subquad::softmax_attention", softmax_attention_forward, mutates_args=())
 
 ARGUMENTS = (
     "q",

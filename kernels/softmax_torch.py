@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from subquad.kernels.segments import Keys, check, join, predicate_env, query_positions, visibility
+from subquad.kernels.sizes import guarded
 from subquad.kernels.spec import SoftmaxSpec
 
 
@@ -44,7 +44,7 @@ def dense_state(
     -inf).
     """
     score = scores(q, k, spec, visible, bias)
-    if guard_or_false(k.shape[1] == 0):
+    if guarded(k.shape[1] == 0):
         shape = (*q.shape[:3],)
         return score.new_zeros(*shape, v.shape[3]), score.new_full(shape, -torch.inf)
     top = score.amax(-1, keepdim=True)

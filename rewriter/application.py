@@ -1,4 +1,4 @@
-"""Apply a plan to a model in place: rebind the forward, keep class, parameters and names, and be able to undo it."""
+"""Apply a plan to a model in place: rebind forwards, keep class, parameters and names, and be able to undo it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,17 @@ from torch import nn
 
 from subquad.bound_forward import BoundForward
 from subquad.capture import Capture
-from subquad.emission import PARAMETERS, emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.errors import SubquadError
-from subquad.ir.graph import attribute, hang
 from subquad.ir.plan import Plan
 from subquad.ir.report import Report
-from subquad.ir.rewrite import Rewrite, SiteOperator
+from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
-from subquad.passes.canonicalize.tidy import tidy
+from subquad.owners import owned_captures
+from subquad.replacement import Replacement, learned_tensors, replacement, rewritten_capture
 
 STATE = "_subquad"
 """Instance attribute of a rewritten module that holds its Rewritten record."""
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """One site with the rewrite that takes it, the operator it becomes, and where its learned tensors live."""
-
-    site: Site
-    rewrite: Rewrite
-    call: SiteOperator
-    prefix: str
 
 
 @dataclass(eq=False)
@@ -43,7 +32,8 @@ class Rewritten:
     """What `rewrite` leaves on a module.
 
     original, applied: the capture before and after (the same parameter objects).  replacements: what was done.
-    undo: puts the module's own forward back.
+    bound: by module path the rewritten graph that is its forward; none where Hugging Face's registry dispatches.
+    undo: puts the modules' own forwards back.
     """
 
     original: Capture
@@ -51,16 +41,22 @@ class Rewritten:
     replacements: tuple[Replacement, ...]
     plan: Plan
     report: Report = field(default_factory=Report)
+    bound: dict[str, Capture] = field(default_factory=dict)
     undo: Callable[[], None] = field(default=lambda: None, repr=False)
     redo: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         """A record for the copied module: its own graphs on the copied parameters."""
         root = copy.deepcopy(self.original.root, memo)
-        original, mapping = copy_capture(replace(self.original, root=root), lambda value: copy.deepcopy(value, memo))
-        applied, _ = copy_capture(replace(self.applied, root=root), lambda value: copy.deepcopy(value, memo))
-        moved = tuple(replace(r, site=carry_site(r.site, mapping)) for r in self.replacements)
-        copied = Rewritten(original, applied, moved, self.plan, self.report)
+
+        def moved(capture: Capture) -> tuple[Capture, dict[torch.fx.Node, torch.fx.Node]]:
+            owner = replace(capture, root=copy.deepcopy(capture.root, memo))
+            return copy_capture(owner, lambda value: copy.deepcopy(value, memo))
+
+        original, mapping = moved(self.original)
+        taken = tuple(replace(r, site=carry_site(r.site, mapping)) for r in self.replacements)
+        bound = {path: moved(capture)[0] for path, capture in self.bound.items()}
+        copied = Rewritten(original, moved(self.applied)[0], taken, self.plan, self.report, bound)
         memo[id(self)] = copied
         copied.redo = lambda: _bind(root, copied)
         copied.undo = lambda: _unbind(root, copied)
@@ -75,13 +71,15 @@ def rewritten(model: nn.Module) -> Rewritten | None:
 def apply_plan(capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, report: Report) -> nn.Module:
     """Rewrite the capture's root module in place and return it.
 
-    steps: sites with the rewrite each one gets, already admitted.  Parameters that a rewrite adds become a submodule
-    `subquad` of the site's module; all other parameter objects and names stay.
+    steps: sites with the rewrite each one gets, already admitted.  Only the forwards of the smallest modules that own the
+    sites are rebound.  Parameters that a rewrite adds become a submodule `subquad` of the site's module; all other parameter
+    objects and names stay.
     """
     root = capture.root
-    replacements = tuple(_replacement(root, site, rewrite) for site, rewrite in steps)
+    replacements = tuple(replacement(root, site, rewrite) for site, rewrite in steps)
     applied = rewritten_capture(capture, replacements)
-    record = Rewritten(capture, applied, replacements, plan, report)
+    bound = {} if _has_seam(root, replacements) else owned_captures(capture, replacements, applied)
+    record = Rewritten(capture, applied, replacements, plan, report, bound)
     record.redo = lambda: _bind(root, record)
     record.undo = record.redo()
     root.__dict__[STATE] = record
@@ -89,80 +87,41 @@ def apply_plan(capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, 
     return root
 
 
-def rewritten_capture(capture: Capture, replacements: tuple[Replacement, ...]) -> Capture:
-    """A copy of the capture in which every replacement's site is one operator call."""
-    applied, mapping = copy_capture(capture)
-    for replacement in replacements:
-        learned = _learned(capture.root, replacement)
-        for name, value in learned.items():
-            hang(applied.graph, f"{replacement.prefix}.{name}", value)
-        emit_site(applied.graph, carry_site(replacement.site, mapping), replacement.call, learned, replacement.prefix)
-    tidy(applied.graph)
-    return applied
-
-
-def _replacement(root: nn.Module, site: Site, rewrite: Rewrite) -> Replacement:
-    path, _, number = site.path.partition("#")
-    owner = path.split("@")[0]
-    try:
-        module = root.get_submodule(owner)
-    except AttributeError:
-        owner, module = "", root
-    holder_name = PARAMETERS + number
-    prefix = f"{owner}.{holder_name}" if owner else holder_name
-    initial = rewrite.parameters(site)
-    if initial and not hasattr(module, holder_name):
-        holder = nn.Module()
-        reference = next(iter(module.parameters()), None)
-        for name, value in initial.items():
-            moved = value if reference is None else value.to(reference.device)
-            holder.register_parameter(name, nn.Parameter(moved))
-        module.add_module(holder_name, holder)
-    return Replacement(site, rewrite, rewrite.operator(site), prefix)
-
-
-def _learned(root: nn.Module, replacement: Replacement) -> dict[str, torch.Tensor]:
-    names = [name for names in replacement.call.parameters.values() for name in names]
-    return {name: attribute(root, f"{replacement.prefix}.{name}") for name in names}
-
-
 def _bind(root: nn.Module, record: Rewritten) -> Callable[[], None]:
-    if _has_seam(root, record):
+    for path, capture in record.bound.items():
+        owner = root.get_submodule(path)
+        owner.__dict__["forward"] = BoundForward(owner, capture)
+    if not record.bound and record.replacements:
         from subquad.runtime.hf_seam import SeamSite, attach
 
-        sites = {
-            r.site.path: SeamSite(
-                r.call.operator, r.call.spec,
-                {arg: tuple(_learned(root, r)[n] for n in names) for arg, names in r.call.parameters.items()},
-            )
-            for r in record.replacements
-        }  # fmt: skip
+        sites = {}
+        for taken in record.replacements:
+            learned = learned_tensors(root, taken)
+            groups = {arg: tuple(learned[n] for n in names) for arg, names in taken.call.parameters.items()}
+            sites[taken.site.path] = SeamSite(taken.call.operator, taken.call.spec, groups)
         attach(root, sites)
-        return lambda: _unbind(root, record)
-    bound = BoundForward(root, record.applied)
-    root.__dict__["forward"] = bound
     return lambda: _unbind(root, record)
 
 
 def _unbind(root: nn.Module, record: Rewritten) -> None:
-    if "forward" in root.__dict__:
-        del root.__dict__["forward"]
-    else:
+    for path in record.bound:
+        del root.get_submodule(path).__dict__["forward"]
+    if not record.bound and record.replacements:
         from subquad.runtime.hf_seam import detach
 
         detach(root)
 
 
-def _has_seam(root: nn.Module, record: Rewritten) -> bool:
+def _has_seam(root: nn.Module, replacements: tuple[Replacement, ...]) -> bool:
     """True for a Hugging Face model whose attention goes through the registry and whose masks it builds itself."""
     if not hasattr(root, "set_attn_implementation") or not hasattr(root, "config"):
         return False
-    if any(r.call.operator == "recurrence" and r.site.folded != 1.0 for r in record.replacements):
+    if any(r.call.operator == "recurrence" and r.site.folded != 1.0 for r in replacements):
         return False
     plain = {"full", "causal", "padding(attention_mask)", "causal & padding(attention_mask)"}
     if not all(
         "#" not in r.site.path and r.site.mask.family in plain and not r.site.biases and r.site.sinks is None
-        for r in record.replacements
+        for r in replacements
     ):
         return False
     return bool(type(root)._can_set_attn_implementation())  # type: ignore[attr-defined]
@@ -177,9 +136,9 @@ def restore(model: nn.Module) -> nn.Module:
     if record is None:
         raise SubquadError(f"{type(model).__name__} was not rewritten, so there is nothing to restore.")
     record.undo()
-    for replacement in record.replacements:
-        if replacement.call.parameters:
-            owner, _, holder_name = replacement.prefix.rpartition(".")
+    for taken in record.replacements:
+        if taken.call.parameters:
+            owner, _, holder_name = taken.prefix.rpartition(".")
             model.get_submodule(owner)._modules.pop(holder_name, None)
     model.__dict__.pop(STATE, None)
     model.__dict__.pop("report", None)

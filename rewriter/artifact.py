@@ -11,24 +11,21 @@ import torch
 from torch import nn
 
 from subquad.application import rewritten
+from subquad.artifact_directory import FORMAT, MANIFEST, WEIGHTS, read_manifest
 from subquad.checkpoint_files import check_weights
-from subquad.decoder_file import read_decoder, write_decoder
+from subquad.decoder_writing import write_decoder
 from subquad.emission import PARAMETERS
 from subquad.environment import versions
 from subquad.fingerprint import fingerprint
 from subquad.huggingface_files import write_codec, write_config, write_weights
-from subquad.incremental import Decoder
-from subquad.ir.errors import ArtifactError, PlanError, SubquadError
+from subquad.ir.errors import ArtifactError, PlanError
 from subquad.model_source import LoadedModel, open_model, remember_source, source_note
 from subquad.pipeline import rewrite
 from subquad.plan_file import read_plan
 from subquad.private_cache import written_beside
-from subquad.tokenization import FILES, read_codec, read_json
+from subquad.tokenization import FILES, read_codec
 
-FORMAT = 1
-MANIFEST = "subquad.json"
 PLAN = "plan.json"
-WEIGHTS = "model.safetensors"
 EXAMPLE = "example_inputs.safetensors"
 
 
@@ -131,33 +128,6 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def is_artifact(directory: Path) -> bool:
-    """True for a directory that `save` wrote."""
-    return (directory / MANIFEST).is_file()
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a saved directory; raises ArtifactError when it is missing, torn or of a newer format."""
-    if not directory.is_dir():
-        raise ArtifactError(f"{directory} does not exist or is not a directory.")
-    if not is_artifact(directory):
-        raise ArtifactError(
-            f"{directory} has no {MANIFEST}, so it is not what `subquad rewrite` or `subquad.save` wrote."
-        )
-    try:
-        manifest = read_json(directory / MANIFEST)
-        form = int(manifest["format"])
-        str(manifest["plan_hash"]), dict(manifest["source"])
-    except (SubquadError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{directory / MANIFEST} is torn or not a manifest; save the model again.") from error
-    if form > FORMAT:
-        made = manifest.get("versions", {}).get("subquad", "a newer version")
-        raise ArtifactError(
-            f"{directory} has format {form}, written by subquad {made}; this version reads up to {FORMAT}: upgrade subquad."
-        )
-    return manifest
-
-
 def load(
     out: str | Path, *, model: nn.Module | None = None, trust: bool = False, dtype: str = "auto", verify: bool = False
 ) -> nn.Module:
@@ -234,15 +204,3 @@ def _fill(fast: nn.Module, directory: Path, own: bool) -> None:
                     f"{name} is {tuple(value.shape)} in {directory} and {tuple(tensor.shape)} in the model."
                 )
             tensor.copy_(value)
-
-
-def stored_decoder(directory: Path) -> Decoder | None:
-    """The decoder that `save` derived, None when there is none for this version of torch.
-
-    Raises ArtifactError when the directory is not whole.
-    """
-    plan_hash = str(read_manifest(directory)["plan_hash"])
-    if not (directory / WEIGHTS).is_file():
-        raise ArtifactError(f"{directory} lacks {WEIGHTS}; save the model again.")
-    check_weights(directory / WEIGHTS)
-    return read_decoder(directory, directory / WEIGHTS, plan_hash)

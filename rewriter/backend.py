@@ -19,7 +19,7 @@ from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes
 from subquad.passes.canonicalize.tidy import tidy
-from subquad.pipeline import EXACT_DEFAULT, is_selected
+from subquad.pipeline import applied_entry, choose, is_selected
 from subquad.recognition import recognise
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,10 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """The backend that torch.compile finds by entry point.
 
-    graph: Dynamo's graph.  options: passes (as for `subquad.rewrite`; exact ones by default), where (a pattern for module
-    paths), inner (the backend that compiles the result, "inductor" by default).  Passes that learn parameters cannot be
-    applied here, because a compiled function has no module to keep them: rewrite the module first.
+    graph: Dynamo's graph.  options: passes (as for `subquad.rewrite`; without them the exact ones that are predicted to
+    pay), where (a pattern for module paths), inner (the backend that compiles the result, "inductor" by default).  Passes
+    that learn parameters cannot be applied here, because a compiled function has no module to keep them: rewrite the module
+    first.
     Raises PassError for an unknown option or pass.
     """
     options = dict(options or {})
@@ -45,8 +46,8 @@ def compile_graph(
         raise PassError(
             f"the subquad backend has no option {sorted(unknown)[0]!r}; known: {', '.join(sorted(OPTIONS))}."
         )
-    passes = parse_passes(options.get("passes", EXACT_DEFAULT))
-    for chosen in passes:
+    passes = None if options.get("passes") is None else parse_passes(options["passes"])
+    for chosen in passes or ():
         if chosen.contract is Contract.APPROXIMATE:
             raise PassError(
                 f"{chosen.name} learns parameters, which a compiled function cannot keep; use subquad.rewrite first."
@@ -60,9 +61,12 @@ def compile_graph(
 
 
 def rewrite_dynamo_graph(
-    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite], where: str | None = None
+    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite] | None, where: str | None = None
 ) -> tuple[torch.fx.GraphModule, Report]:
-    """The graph with every admitted site replaced, and the report; sites that no pass admits stay as they are."""
+    """The graph with every site replaced that gets a pass, and the report; the others stay as they are.
+
+    passes: the ones named; None stands for the exact ones that the cost model predicts to pay.
+    """
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     capture = Capture(
         graph,
@@ -74,29 +78,15 @@ def rewrite_dynamo_graph(
     )
     report = recognise(capture, Report())
     copied, mapping = copy_capture(capture)
-    for site in report.sites:
-        if where is not None and not is_selected(site.path, where):
-            continue
-        refusals = []
-        for chosen in passes:
-            refusal = chosen.admits(site)
-            if refusal is None:
-                emit_site(copied.graph, carry_site(site, mapping), chosen.operator(site), {}, "")
-                report.applied.append(
-                    {
-                        "path": site.path,
-                        "pass": str(chosen),
-                        "contract": chosen.contract.value,
-                        "mask": site.mask.family,
-                    }
-                )
-                break
-            refusals.append(refusal)
-        else:
-            report.refused.extend(refusals)
+    sites = [site for site in report.sites if where is None or is_selected(site.path, where)]
+    for site, chosen in choose(passes, sites, report):
+        emit_site(copied.graph, carry_site(site, mapping), chosen.operator(site), {}, "")
+        report.applied.append(applied_entry(site, chosen))
     tidy(copied.graph)
     for refusal in (*report.refusals, *report.refused):
         log.info("%s", refusal)
+    for kept in report.declined:
+        log.info("%s: %s", kept.path or "<root>", kept.reason)
     return copied.graph, report
 
 

@@ -7,7 +7,6 @@ the stream.  The pieces between cuts are hashed over operations, wiring and cons
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import operator
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch.fx
 
 from subquad.ir.graph import ancestors
 from subquad.runtime.schedule import Call, Program, Schedule
-from subquad.runtime.step_graph import STREAM
+from subquad.step_graph import STREAM
 
 Node = torch.fx.Node
 VIEWS = {"unsqueeze", "expand", "permute", "transpose", "slice", "squeeze", "t"}
@@ -190,32 +189,7 @@ class _Piece:
             elif node.op == "output":
                 graph.output(torch.fx.node.map_arg(node.args[0], lambda n: mapping[n]))
         counts = tuple(len(v) for v in self.inputs.values())
-        return Program(torch.fx.GraphModule(torch.nn.Module(), graph), graph_key(graph), counts, fresh)
-
-
-def graph_key(graph: torch.fx.Graph) -> str:
-    """Hash of a graph's operations, wiring and constants, blind to node names."""
-    names: dict[Node, str] = {}
-    lines = []
-    for n, node in enumerate(graph.nodes):
-        names[node] = f"%{n}"
-        arguments: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda m: _Reference(names[m]))  # type: ignore[return-value]
-        target = node.name if node.op == "placeholder" else _spelling(node.target)
-        lines.append(f"{node.op} {target} {arguments!r}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
-
-
-def _spelling(target: Any) -> str:
-    named = callable(target) and not isinstance(target, torch._ops.OpOverload)
-    return f"{target.__module__}.{target.__qualname__}" if named else str(target)
-
-
-@dataclass(frozen=True)
-class _Reference:
-    name: str
-
-    def __repr__(self) -> str:
-        return self.name
+        return Program(graph, counts, fresh)
 
 
 def _entry(module: torch.fx.GraphModule, first: Node, sides: list[Node]) -> Program:
@@ -235,9 +209,7 @@ def _entry(module: torch.fx.GraphModule, first: Node, sides: list[Node]) -> Prog
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     graph.output(tuple(mapping[n] for n in (first, *sides)))
     shared = sum(n.op == "placeholder" for n in graph.nodes) - len(names)
-    program = Program(torch.fx.GraphModule(torch.nn.Module(), graph), graph_key(graph), (shared, len(names), 0), 0)
-    program.weights = tuple(names)
-    return program
+    return Program(graph, (shared, len(names), 0), 0, tuple(names))
 
 
 def _grouped(keys: list[str], stateful: list[bool]) -> list[tuple[int, int]]:

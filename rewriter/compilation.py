@@ -7,6 +7,7 @@ CPU's features and the number of threads.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 
 import subquad.kernels
-from subquad.ir.errors import SubquadError
+from subquad import native_library
+from subquad.ir.errors import SubquadError, first_line
 from subquad.private_cache import cache_root
 from subquad.runtime import graph_file, one_token
-from subquad.runtime.schedule import Program, Runner
+from subquad.runtime.schedule import InputForm, Program, Runner, Varying
+from subquad.runtime.schedule_file import write_form
 
 FORMAT = "1"
 
@@ -37,47 +40,43 @@ class CompilationError(SubquadError):
 
 @dataclass(frozen=True)
 class Order:
-    """One program to compile: example inputs and, per input, the axes whose sizes vary."""
+    """One program to compile, for inputs of these forms."""
 
     program: Program
-    inputs: tuple[Tensor, ...]
-    varying: tuple[tuple[int, ...], ...]
+    forms: tuple[InputForm, ...]
 
     @property
     def key(self) -> str:
         """The file name of its package."""
         shapes = [
-            [str(t.dtype), *("?" if axis in free else str(size) for axis, size in enumerate(t.shape))]
-            for t, free in zip(self.inputs, self.varying, strict=True)
+            [str(form.dtype), *(f"?{size.most}" if isinstance(size, Varying) else str(size) for size in form.sizes)]
+            for form in self.forms
         ]
         text = json.dumps([FORMAT, self.program.key, shapes, machine_key()])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def order(program: Program, small: Sequence[Tensor], large: Sequence[Tensor]) -> Order:
-    """An order from two sets of inputs that differ in every size that shall vary."""
-    varying = tuple(
-        tuple(axis for axis in range(a.dim()) if a.shape[axis] != b.shape[axis])
-        for a, b in zip(small, large, strict=True)
-    )
-    return Order(program, tuple(small), varying)
-
-
 def machine_key() -> str:
     """What a compiled program depends on beside itself."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    threads = str(torch.get_num_threads())
+    return "|".join((torch.__version__, platform.machine(), _cpu_flags(), threads, _sources()))
 
+
+@functools.cache
+def _sources() -> str:
+    """Hash of the source files that decide what is compiled."""
     here = Path(one_token.__file__)
     sources = [
         here,
         here.parent.parent / "compile_worker.py",
-        *sorted(Path(subquad.kernels.__file__).parent.glob("*.py")),
+        here.parent.parent / "lowering.py",
+        here.parent.parent / "native_library.py",
+        *sorted(p for p in Path(subquad.kernels.__file__).parent.iterdir() if p.suffix in (".py", ".cpp")),
     ]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    threads = str(torch.get_num_threads())
-    return "|".join((torch.__version__, platform.machine(), _cpu_flags(), str(pick_vec_isa()), threads, digest))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
+@functools.cache
 def _cpu_flags() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -87,57 +86,70 @@ def _cpu_flags() -> str:
     return hashlib.sha256(flags.encode()).hexdigest()[:16]
 
 
-def package_path(wanted: Order) -> Path:
-    """Where the private cache keeps an order's package."""
+def package_path(key: str, suffix: str = ".pt2") -> Path:
+    """Where the private cache keeps what was compiled under a key."""
     folder = cache_root() / "decoder"
     folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"{wanted.key}.pt2"
+    return folder / f"{key}{suffix}"
 
 
 def load_package(path: Path) -> Runner:
-    """The program of a package, as list of tensors to list of tensors, without the pytree wrapper's overhead."""
-    from torch._inductor import aoti_load_package
-
-    loaded: Any = aoti_load_package(str(path))
-    run = loaded.loader.run
+    """The program of a package, as list of tensors to list of tensors; it expects contiguous inputs and is given them."""
+    try:
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except RuntimeError as error:
+        raise CompilationError(f"a compiled program could not be loaded ({first_line(error)}).") from error
+    run = loader.run
 
     def runner(inputs: list[Tensor]) -> list[Tensor]:
-        return run(inputs)  # type: ignore[no-any-return]
+        return run([t if t.is_contiguous() else t.contiguous() for t in inputs])  # type: ignore[no-any-return]
 
-    runner.__dict__["package"] = loaded
     return runner
 
 
 def compile_orders(
-    wanted: Sequence[Order], report: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Runner]:
-    """Runners by program key; what the cache lacks is compiled in a child process, one program after another.
+    wanted: Mapping[str, Sequence[Order]], report: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[str, dict[str, Runner]]]:
+    """Yield each group's name and its runners by program key, in order, as soon as all programs of the group are there.
 
-    report: called with (done, total) as programs become ready.  Raises CompilationError when the compiler fails.
+    What the cache lacks is compiled in one child process, one program after another.  report: called with (done, total)
+    as programs become ready.  Raises CompilationError when the compiler fails.
     """
-    paths = {o.program.key: package_path(o) for o in wanted}
-    missing = [o for o in wanted if not paths[o.program.key].exists()]
-    report(len(wanted) - len(missing), len(wanted))
-    if missing:
-        _run_worker(missing, paths, lambda done: report(len(wanted) - len(missing) + done, len(wanted)))
-    return {key: load_package(path) for key, path in paths.items()}
+    paths = {o: package_path(o.key) for orders in wanted.values() for o in orders}
+    missing = {o: path for o, path in paths.items() if not path.exists()}
+    done = len(paths) - len(missing)
+    report(done, len(paths))
+    compiled = _worker(missing)
+    for name, orders in wanted.items():
+        while not all(paths[o].exists() for o in orders):
+            next(compiled)
+            done += 1
+            report(done, len(paths))
+        if _library_path().exists():
+            native_library.load(_library_path())
+        yield name, {o.program.key: load_package(paths[o]) for o in orders}
 
 
-def _run_worker(missing: Sequence[Order], paths: dict[str, Path], advance: Callable[[int], None]) -> None:
+def _library_path() -> Path:
+    """Where the private cache keeps the C++ form of narrow_linear."""
+    key = hashlib.sha256(json.dumps([FORMAT, machine_key()]).encode()).hexdigest()[:32]
+    return package_path(key, ".so")
+
+
+def _worker(missing: Mapping[Order, Path]) -> Iterator[None]:
+    """Compile in a child process, which ends with this generator; yields as each package appears."""
     jobs = [
         {
-            "graph": graph_file.write_graph(o.program.graph.graph),
-            "inputs": [
-                {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "varying": list(free)}
-                for t, free in zip(o.inputs, o.varying, strict=True)
-            ],
-            "path": str(paths[o.program.key]),
+            "graph": graph_file.write_graph(o.program.graph),
+            "inputs": [write_form(form) for form in o.forms],
+            "path": str(path),
         }
-        for o in missing
+        for o, path in missing.items()
     ]
     with tempfile.TemporaryDirectory(prefix="subquad-") as folder:
         job = Path(folder) / "job.json"
-        job.write_text(json.dumps({"threads": torch.get_num_threads(), "jobs": jobs}))
+        work = {"threads": torch.get_num_threads(), "library": str(_library_path()), "jobs": jobs}
+        job.write_text(json.dumps(work))
         log = Path(folder) / "log"
         with log.open("w") as errors:
             worker = subprocess.Popen(
@@ -147,16 +159,16 @@ def _run_worker(missing: Sequence[Order], paths: dict[str, Path], advance: Calla
             )  # fmt: skip
             assert worker.stdout is not None
             try:
-                for n, _ in enumerate(line for line in worker.stdout if line.startswith("done")):
-                    advance(n + 1)
+                for line in worker.stdout:
+                    if line.startswith("done"):
+                        yield
                 worker.wait()
             finally:
                 if worker.poll() is None:
                     worker.terminate()
                     worker.wait()
                 worker.stdout.close()
-        if worker.returncode:
-            lines = [line for line in log.read_text().splitlines() if line.strip()]
-            raise CompilationError(
-                f"a decoder program could not be compiled ({lines[-1] if lines else worker.returncode})."
-            )
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        raise CompilationError(
+            f"a decoder program could not be compiled ({lines[-1] if lines else worker.returncode})."
+        )

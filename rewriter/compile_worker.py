@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,12 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-import subquad.kernels  # noqa: F401  (registers the operators)
+from subquad.kernels.narrow_linear import C_DECLARATION, DTYPES
+from subquad.lowering import lower
+from subquad.native_library import build, load
 from subquad.runtime.graph_file import read_graph
+from subquad.runtime.schedule import InputForm, Varying
+from subquad.runtime.schedule_file import read_form
 
 
 def main(path: str) -> None:
@@ -22,16 +25,29 @@ def main(path: str) -> None:
         os.nice(5)
     work = json.loads(Path(path).read_text())
     torch.set_num_threads(work["threads"])
+    library = Path(work["library"])
+    native = library.exists() or build(library)
+    if native:
+        load(library)
     for job in work["jobs"]:
-        compile_job(job)
+        compile_job(job, native)
         print("done", flush=True)
 
 
-def compile_job(job: dict[str, Any]) -> None:
-    """Compile one graph into the package file job["path"], which appears whole or not at all."""
-    module = torch.fx.GraphModule(torch.nn.Module(), read_graph(job["graph"]))
-    inputs = tuple(_example(item["shape"], getattr(torch, item["dtype"])) for item in job["inputs"])
-    dynamic = tuple(dict.fromkeys(item["varying"], Dim.DYNAMIC) or None for item in job["inputs"])
+def compile_job(job: dict[str, Any], native: bool) -> None:
+    """Compile one graph into the package file job["path"], which appears whole or not at all.
+
+    native: the C++ form of narrow_linear is there; without it, and in dtypes it lacks, projections are library calls.
+    """
+    forms = [read_form(item) for item in job["inputs"]]
+    inputs = tuple(_example(form) for form in forms)
+    graph = read_graph(job["graph"])
+    if not native or any(t.is_floating_point() and t.dtype not in DTYPES for t in inputs):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.subquad.narrow_linear.default):
+            node.target = torch.ops.aten.linear.default
+    lower(graph)
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    dynamic = tuple(_varying(form) or None for form in forms)
     with torch.no_grad():
         program = torch.export.export(
             module, inputs, dynamic_shapes=(dynamic,) if _variadic(module) else dynamic, strict=False
@@ -39,7 +55,9 @@ def compile_job(job: dict[str, Any]) -> None:
     target = Path(job["path"])
     fresh = target.with_suffix(f".{os.getpid()}.partial.pt2")
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(fresh), inductor_configs=_configuration())
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(fresh), inductor_configs=_configuration(native)
+        )
         os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
@@ -49,30 +67,24 @@ def _variadic(module: torch.fx.GraphModule) -> bool:
     return module.forward.__code__.co_argcount == 1
 
 
-PREFETCHING = (
-    "-fprefetch-loop-arrays --param max-completely-peel-times=128 --param max-completely-peeled-insns=8000 "
-    "--param prefetch-latency=500 --param simultaneous-prefetches=128"
-)
-"""GCC fetches the next rows of a weight while it sums one: reading the weights is then a seventh faster (measured)."""
-
-
-def _configuration() -> dict[str, Any]:
-    """Inductor settings: fused multiply-add, and prefetching where GCC compiles for the machine it runs on."""
+def _configuration(native: bool) -> dict[str, Any]:
+    """Inductor settings: fused multiply-add, sums of small parts in one loop, and direct calls of the C++ projection."""
     import torch._inductor.config as known
-    from torch._inductor.cpp_builder import get_cpp_compiler, is_gcc
 
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, Any] = {"force_pointwise_cat": True}
     if hasattr(known.cpp, "enable_floating_point_contract_flag"):
         wanted["cpp.enable_floating_point_contract_flag"] = "fast"
-    if hasattr(known.cpp, "march") and not known.cpp.march and platform.machine() == "x86_64":
-        get_cpp_compiler()
-        if is_gcc():
-            wanted["cpp.march"] = f"native {PREFETCHING}"
+    if native:
+        wanted["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.subquad.narrow_linear.default: [C_DECLARATION]}
     return wanted
 
 
-def _example(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.ones(shape, dtype=dtype)
+def _example(form: InputForm) -> torch.Tensor:
+    return torch.ones([s.example if isinstance(s, Varying) else s for s in form.sizes], dtype=form.dtype)
+
+
+def _varying(form: InputForm) -> dict[int, Any]:
+    return {axis: Dim.DYNAMIC(max=s.most) for axis, s in enumerate(form.sizes) if isinstance(s, Varying)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from subquad.ir.graph import ancestors, hang, value_of
 from subquad.ir.graph import attribute as attribute_of
 from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
 from subquad.locality import prove_locality
-from subquad.runtime.step_graph import STREAM, SiteState, StepGraph
+from subquad.runtime.layout import DecoderLayout, SiteState
+from subquad.step_graph import STREAM, StepGraph
 from subquad.token_axis import Locality, operator_arguments, refuse
 
 Node = torch.fx.Node
@@ -37,10 +38,11 @@ def derive(module: torch.fx.GraphModule) -> StepGraph:
     sums = [n for n in proof.history if n in live]
     history = _history(module, proof, tables, sums)
     parts = [_build(module, proof, logits, live, sites, tables, sums, first) for first in (False, True)]
-    return StepGraph(
-        parts[0], parts[1], history, tuple(str(n.target) for n in proof.inputs), tuple(_site_state(n) for n in sites),
+    layout = DecoderLayout(
+        history, tuple(str(n.target) for n in proof.inputs), tuple(_site_state(n) for n in sites),
         len(tables), tuple(proof.axes[n].axis for n in sums), _limit(module, proof, live),
     )  # fmt: skip
+    return StepGraph(parts[0], parts[1], layout)
 
 
 def _is_site(node: Node) -> bool:

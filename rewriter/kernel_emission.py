@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from subquad.application import Replacement, rewritten
-from subquad.codegen import SHARED_LIMITS, BuildReport, build, emit
+from subquad.application import rewritten
+from subquad.codegen import SHARED_LIMITS, BuildReport, build, emit, scheduled
 from subquad.ir.errors import ArtifactError, SubquadError, did_you_mean
 from subquad.ir.graph import attribute
 from subquad.ir.kernel_spec import DTYPES, KernelSpec
 from subquad.private_cache import written_beside
 from subquad.progress import progress
+from subquad.replacement import Replacement
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,16 @@ def _specs(root: nn.Module, replacement: Replacement) -> list[KernelSpec]:
     if call.operator == "softmax_attention":
         flags = [name for name, used in (("bias", site.biases), ("sinks", site.sinks is not None)) if used]
         kinds = tuple("int8" if _is_bool(table.node) else "int64" for table in site.mask.tables)
-        return [
-            KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, flags=tuple(flags), tables=kinds)
-        ]
+        spec = KernelSpec(
+            call.operator, call.spec, dtype, site.head_dim, site.value_dim, flags=tuple(flags), tables=kinds
+        )
+        return [scheduled(spec)]
     names = call.parameters.get("feature_q", ())
     features = attribute(root, f"{replacement.prefix}.{names[0]}").shape[-1] if names else 0
     return [
-        KernelSpec(
-            call.operator, call.spec, dtype, site.head_dim, site.value_dim, features, flags, block_q=32, block_kv=32, num_warps=8
-        )
+        scheduled(KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, features, flags))
         for flags in ((), ("state",))
-    ]  # fmt: skip
+    ]
 
 
 def _is_bool(node: torch.fx.Node) -> bool:

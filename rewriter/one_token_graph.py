@@ -1,4 +1,4 @@
-"""Rewrite a step graph for one row and one token: projections and attention in their one-token forms."""
+"""Rewrite a step graph for one row and one token: attention in its one-token forms."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def one_token_graph(step: torch.fx.GraphModule) -> torch.fx.GraphModule:
     inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
     masks: dict[tuple[object, ...], Node] = {}
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.linear.default:
-            node.target = one_token.product_sum
-        elif node.target is torch.ops.subquad.recurrence.default:
+        if node.target is torch.ops.subquad.recurrence.default:
             node.target = one_token.recur
         elif node.target is torch.ops.subquad.softmax_attention.default:
             _attention(graph, node, inputs, masks)

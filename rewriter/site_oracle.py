@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from subquad.application import Replacement, Rewritten
+from subquad.application import Rewritten
 from subquad.captured import Capture
 from subquad.emission import emit_site, padding_table
 from subquad.graph_copy import carry_site, copy_capture
@@ -15,6 +15,7 @@ from subquad.ir.contract import Contract
 from subquad.ir.graph import attribute, dtype_of, hang, node_inputs
 from subquad.ir.report import Measurement
 from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
+from subquad.replacement import Replacement
 
 SIZES = ((2, 7), (3, 33))
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from subquad.application import rewritten
-from subquad.incremental import Decoder, decoder
+from subquad.artifact_directory import is_artifact, stored_decoder
+from subquad.decoder import Decoder
 from subquad.ir.errors import GenerationError, SubquadError, first_line
 from subquad.model_source import LoadedModel, open_model
 from subquad.progress import progress
-from subquad.token_axis import NotIncremental
 from subquad.tokenization import TextCodec, read_codec
 
 
@@ -111,8 +110,6 @@ def open_for_generation(
 
     Every other source, another dtype or the engine "transformers" goes through open_model.
     """
-    from subquad.artifact import is_artifact, stored_decoder
-
     directory = Path(spec)
     if is_artifact(directory) and dtype == "auto" and attention is None and engine != "transformers":
         stored = stored_decoder(directory)
@@ -128,7 +125,9 @@ def decoder_of(module: Any) -> Decoder:
     """
     if isinstance(module, Decoder):
         return module
-    record = rewritten(module)
+    from subquad.incremental import decoder
+
+    record = _record(module)
     kept = module.__dict__.get("_subquad_decoder")
     if kept is not None and kept[0] is record:
         return kept[1]  # type: ignore[no-any-return]
@@ -149,7 +148,7 @@ class Compiling:
 
     def _work(self, module: Any) -> None:
         try:
-            if isinstance(module, Decoder) or rewritten(module) is not None:
+            if isinstance(module, Decoder) or _record(module) is not None:
                 decoder_of(module).compile(wait=True, report=self._report)
         except SubquadError as error:
             self.failure = str(error)
@@ -178,12 +177,12 @@ def _engine(module: Any, wanted: str, notes: list[str]) -> tuple[TokenStream, st
     if wanted not in ("auto", "subquad", "transformers"):
         raise GenerationError(f"engine {wanted!r} is unknown; known: auto, subquad, transformers.")
     own = hasattr(module, "generate") and not isinstance(module, Decoder)
-    plain = own and rewritten(module) is None
+    plain = own and _record(module) is None
     if wanted == "subquad" or (wanted == "auto" and not plain):
         try:
             derived = decoder_of(module)
-        except NotIncremental as refusal:
-            if wanted == "subquad" or not own:
+        except SubquadError as refusal:
+            if wanted == "subquad" or not own or not _is_refusal(refusal):
                 raise
             notes.append(f"the model's own generate was used: {refusal}")
         else:
@@ -191,6 +190,18 @@ def _engine(module: Any, wanted: str, notes: list[str]) -> tuple[TokenStream, st
     if not own:
         raise GenerationError(f"{type(module).__name__} has no generate method of its own; use the engine subquad.")
     return transformers_tokens, "transformers"
+
+
+def _record(module: Any) -> Any:
+    from subquad.application import rewritten
+
+    return rewritten(module)
+
+
+def _is_refusal(error: SubquadError) -> bool:
+    from subquad.token_axis import NotIncremental
+
+    return isinstance(error, NotIncremental)
 
 
 def _derived_tokens(derived: Decoder, ids: list[int], sampling: Sampling, eos: tuple[int, ...]) -> Iterator[int]:

@@ -49,7 +49,7 @@ def factory(tmp_path: Path) -> str:
 @pytest.fixture
 def fast(factory: str) -> torch.nn.Module:
     loaded = open_model(factory, trust=True)
-    return subquad.rewrite(loaded.module, example_inputs=loaded.example_inputs, verify=False)
+    return subquad.rewrite(loaded.module, passes="fuse", example_inputs=loaded.example_inputs, verify=False)
 
 
 def listing(directory: Path) -> dict[str, bytes]:

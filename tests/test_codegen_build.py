@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from subquad.codegen import SHARED_LIMITS, build, emit
+from subquad.codegen import SHARED_LIMITS, build, emit, scheduled
 from subquad.codegen.cache import directory, load, store
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec
@@ -16,9 +16,10 @@ from subquad.kernels import RecurrenceSpec, SoftmaxSpec
 SOFTMAX = KernelSpec(
     "softmax_attention", SoftmaxSpec(0.125, mask="(q >= kv) & (q - kv < 100) & t0[b, kv]").json(), "float16", 64, 64, tables=("int8",)
 )  # fmt: skip
-RECURRENCE = KernelSpec(
-    "recurrence", RecurrenceSpec(("softmax(x @ w0)", "softmax(-(x @ w0))"), 0.125, window=64, sinks=4).json(), "bfloat16", 64, 64, 64,
-    block_q=32, block_kv=32, num_warps=8,
+RECURRENCE = scheduled(
+    KernelSpec(
+        "recurrence", RecurrenceSpec(("softmax(x @ w0)", "softmax(-(x @ w0))"), 0.125, window=64, sinks=4).json(), "bfloat16", 64, 64, 64
+    )
 )  # fmt: skip
 
 

@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 RUN = """
 import json, sys, torch
 from subquad.codegen.launch import recurrence_forward, softmax_forward
+from subquad.codegen.schedule import Schedule
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, recurrence_reference, softmax_attention_reference
+BLOCKS = Schedule(16, 16, 4)
 for case in json.loads(sys.stdin.read()):
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
@@ -26,7 +28,7 @@ for case in json.loads(sys.stdin.read()):
         if case.get("ragged"):
             given |= {"lengths": [torch.tensor([t, 3])], "q_positions": torch.tensor([t, 3])[:, None] - tq + torch.arange(tq)}
         given["spec"] = SoftmaxSpec(**case["spec"], lse=True).json()
-        got, want = softmax_forward(given, 16, 16), softmax_attention_reference(**given)
+        got, want = softmax_forward(given, BLOCKS), softmax_attention_reference(**given)
     else:
         w = lambda: [torch.randn(h, d, 5).to(dtype)]
         names = ("decay", "beta", "valid", "state", "window_k", "window_v", "seen", "cu_seqlens")
@@ -38,9 +40,9 @@ for case in json.loads(sys.stdin.read()):
         want = recurrence_reference(**given)
         cut = tq // 3
         take = lambda part: {n: None if given[n] is None else given[n][:, part] for n in ("q", "k", "v", "valid")}
-        first = recurrence_forward(given | take(slice(0, cut)), 16, 16)
+        first = recurrence_forward(given | take(slice(0, cut)), BLOCKS)
         state = dict(zip(("state", "window_k", "window_v", "seen"), first[1:]))
-        second = recurrence_forward(given | take(slice(cut, None)) | state, 16, 16)
+        second = recurrence_forward(given | take(slice(cut, None)) | state, BLOCKS)
         got = (torch.cat([first[0], second[0]], 1), *second[1:])
     errors = []
     for g, w in zip(got, want):

@@ -1,6 +1,8 @@
 """Blocks of a decoder, its stored graphs, and its compiled one-token programs."""
 
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ from torch import nn
 import subquad
 from subquad.blocks import cut
 from subquad.compilation import CompilationError
+from subquad.decoder import Decoder
 from subquad.derivation import derive
-from subquad.incremental import Decoder, attributes, decoder
+from subquad.incremental import assembled, attributes, decoder
 from subquad.ir.errors import ArtifactError
 from subquad.one_token_graph import one_token_graph
 from subquad.runtime.graph_file import read_graph, write_graph
+from subquad.runtime.width_class import WIDTH_CLASSES
 
 LOLCATS = "linearize:lolcats(window=4, sinks=2)"
 
@@ -33,13 +37,13 @@ def captured(model: nn.Module) -> torch.fx.GraphModule:
 @pytest.mark.parametrize("build", [lambda: tiny_llama(5), lambda: HandWrittenDecoder(layers=5).eval()])
 def test_equal_layers_share_one_program(build, passes: str) -> None:
     graph = derive(captured(rewritten(build(), passes)))
-    schedule = cut(graph.step, graph.shared)
+    schedule = cut(graph.step, graph.layout.shared)
     keys = [call.program.key for call in schedule.calls]
     assert len(keys) == 6
     assert len(set(keys[:5])) == 1
     assert schedule.tail == 5
     assert len(schedule.programs()) == 3
-    one = cut(one_token_graph(graph.step), graph.shared)
+    one = cut(one_token_graph(graph.step), graph.layout.shared)
     assert len(one.programs()) == 3
 
 
@@ -50,7 +54,7 @@ def test_a_layer_with_another_constant_is_another_program() -> None:
     counts = []
     for one in (plain, model):
         graph = derive(captured(rewritten(one)))
-        counts.append(len(cut(graph.step, graph.shared).programs()))
+        counts.append(len(cut(graph.step, graph.layout.shared).programs()))
     assert counts[1] > counts[0] == 3
 
 
@@ -70,13 +74,12 @@ def test_graphs_survive_json(passes: str) -> None:
     graph = derive(captured(fast))
     tensors = attributes(captured(fast))
     ids = torch.randint(0, 50, (1, 9))
-    want, _ = Decoder(graph, tensors).prefill(ids, last_only=False)
-    for name in ("step", "first", "history"):
+    want, _ = assembled(graph, tensors).prefill(ids, last_only=False)
+    for name in ("step", "first"):
         module = getattr(graph, name)
-        if module is not None:
-            text = json.dumps(write_graph(module.graph))
-            setattr(graph, name, torch.fx.GraphModule(module, read_graph(json.loads(text))))
-    made = Decoder(graph, tensors)
+        text = json.dumps(write_graph(module.graph))
+        setattr(graph, name, torch.fx.GraphModule(module, read_graph(json.loads(text))))
+    made = assembled(graph, tensors)
     logits, state = made.prefill(ids[:, :5], last_only=False)
     torch.testing.assert_close(torch.cat([logits, made.step(ids[:, 5:], state)], 1), want, rtol=1e-5, atol=1e-5)
 
@@ -103,6 +106,28 @@ def test_a_stored_graph_cannot_bring_code(change: dict, words: str) -> None:
         read_graph(json.loads(json.dumps(data)))
 
 
+CALLS = [(1, (5, 2, 5, 1, 16)), (1, (40, 16, 3)), (2, (6, 1, 3, 8)), (4, (1, 1, 4)), (16, (2, 1))]
+"""Rows, and the tokens of a prompt and of the steps after it."""
+
+
+def every_width(made: Decoder) -> list[torch.Tensor]:
+    """Logits of calls of many shapes, all tokens and the last only, padded where the model takes a mask."""
+    found = []
+    for rows, (prompt, *widths) in CALLS:
+        ids = torch.randint(0, 50, (rows, prompt + sum(widths)), generator=torch.Generator().manual_seed(rows))
+        mask = None
+        if len(made.engine.layout.inputs) > 1 and rows > 1 and prompt > 1:
+            mask = torch.ones(rows, prompt, dtype=torch.int64)
+            mask[0, : prompt // 2] = 0
+        real = slice(0 if mask is None else prompt // 2, None)
+        for last_only in (False, True):
+            logits, state = made.prefill(ids[:, :prompt], mask, last_only=last_only)
+            found.append(logits if last_only else logits[:, real])
+            for width, end in zip(widths, itertools.accumulate(widths, initial=prompt), strict=False):
+                found.append(made.step(ids[:, end : end + width], state, last_only=last_only))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "passes", "dtype", "error"),
@@ -120,19 +145,49 @@ def test_compiled_programs_compute_the_same(
     made = decoder(fast)
     ids = torch.randint(0, 50, (1, 20))
     want, _ = made.prefill(ids, last_only=False)
+    uncompiled = every_width(made)
     seen: list[tuple[int, int]] = []
     made.compile(report=lambda done, total: seen.append((done, total)))
     assert made.ready
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert made.complete
+    assert seen == [(n, seen[0][1]) for n in range(seen[0][1] + 1)]
     logits, state = made.prefill(ids[:, :4], last_only=False)
     parts = [logits, *(made.step(ids[:, n : n + 1], state) for n in range(4, 20))]
     assert (torch.cat(parts, 1) - want).abs().max() < error
     made.rollback(state, 6)
     assert (made.step(ids[:, 14:15], state) - want[:, 14:15]).abs().max() < error
+    for expected, found in zip(uncompiled, every_width(made), strict=True):
+        assert (found - expected).abs().max() < error
     second = decoder(fast)
     seen.clear()
     second.compile(report=lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 3)]
+    assert seen == [(seen[0][1], seen[0][1])]
+
+
+def test_a_later_class_that_fails_leaves_the_earlier_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = decoder(rewritten(HandWrittenDecoder().eval()))
+
+    def compiled(wanted: dict, report: Callable[[int, int], None]) -> Iterator[tuple[str, dict]]:
+        yield "one", {}
+        yield "step", {}
+        raise CompilationError("a decoder program could not be compiled (no room).")
+
+    monkeypatch.setattr("subquad.decoder.compile_orders", compiled)
+    with pytest.raises(CompilationError, match="no room"):
+        made.compile()
+    assert made.ready
+    assert not made.complete
+    assert made.failure is not None
+    assert len(list(made.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "rows", "wanted"),
+    [(0, 1, None), (0, 2, "first"), (0, 512, "first"), (0, 513, None), (3, 1, "one"), (3, 2, "step"), (3, 16, "step"),
+     (3, 17, None)],
+)  # fmt: skip
+def test_a_call_has_one_class_or_none(before: int, rows: int, wanted: str | None) -> None:
+    assert [one.name for one in WIDTH_CLASSES if one.covers(before, rows)] == [wanted] * (wanted is not None)
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_position_tables_limit_the_length() -> None:
     fast = subquad.rewrite(
         SlicedPositions().eval(), passes="fuse", example_inputs=(torch.zeros(2, 5, dtype=torch.int64),), verify=False
     )
-    assert derive(fast.__dict__["_subquad"].applied.graph).limit == 64
+    assert derive(fast.__dict__["_subquad"].applied.graph).layout.limit == 64
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_wheel_holds_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     expected = {
-        "/".join((*package.split("."), path.name)) for package, folder in tree().items() for path in folder.glob("*.py")
+        "/".join((*package.split("."), path.name))
+        for package, folder in tree().items()
+        for path in folder.iterdir()
+        if path.suffix in (".py", ".cpp")
     } | {"subquad/py.typed"}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == expected

@@ -36,7 +36,10 @@ def test_the_module_keeps_class_parameters_and_names() -> None:
     assert fast is model
     assert type(fast) is HandWrittenDecoder
     assert {name: id(p) for name, p in fast.named_parameters()} == before
-    assert isinstance(fast.forward, BoundForward)
+    bound = [name for name, module in fast.named_modules() if "forward" in module.__dict__]
+    assert bound == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(isinstance(fast.get_submodule(name).forward, BoundForward) for name in bound)
+    assert fast.report.notes[-1] == "forward rebound: blocks.0.attn, blocks.1.attn"
     torch.testing.assert_close(fast(IDS), want)
     assert "softmax" not in {str(n.target) for n in rewritten(fast).applied.graph.graph.nodes}
 
@@ -228,7 +231,7 @@ def test_the_compile_backend_finds_the_same_sites_and_keeps_values_and_gradients
     want.square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
     module.zero_grad()
-    compiled = torch.compile(module, backend="subquad", options={"inner": "aot_eager"})
+    compiled = torch.compile(module, backend="subquad", options={"passes": "fuse", "inner": "aot_eager"})
     got = compiled(*inputs)
     assert [entry["mask"] for entry in reports[-1].applied] == masks
     torch.testing.assert_close(got, want)

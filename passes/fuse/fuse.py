@@ -14,8 +14,9 @@ from typing import ClassVar
 import sympy
 
 from subquad.ir.contract import Contract
+from subquad.ir.cost import BATCH, TIME, Cost, item_size, keys_of, products, streamed
 from subquad.ir.refusal import Refusal
-from subquad.ir.rewrite import BATCH, TIME, Rewrite, SiteOperator
+from subquad.ir.rewrite import Rewrite, SiteOperator
 from subquad.ir.site import Site
 from subquad.kernels.spec import SoftmaxSpec
 
@@ -42,7 +43,14 @@ class Fuse(Rewrite):
         )
         return SiteOperator("softmax_attention", spec.json(), {})
 
-    def cost(self, site: Site) -> sympy.Expr:
-        """Two products of T×T by head size, halved when the mask is causal."""
-        pairs = TIME * TIME / (2 if "causal" in site.mask.family else 1)
-        return 2 * BATCH * site.heads * pairs * (site.head_dim + site.value_dim)
+    def cost(self, site: Site) -> Cost:
+        """q, k, v and the output once, and each bias once per head; products halved when the mask is causal.
+
+        A bias that is not simply added is first made into one that is, which writes and reads it once more.
+        """
+        pairs = TIME * keys_of(site) / (2 if "causal" in site.mask.family else 1)
+        scores = BATCH * site.heads * TIME * keys_of(site)
+        read = sum((scores * item_size(bias.node) for bias in site.biases), sympy.S.Zero)
+        made = sum((bias.role != "add" or bias.factor != 1.0 for bias in site.biases), 0)
+        made_bytes = 2 * made * BATCH * TIME * keys_of(site) * item_size(site.q.node)
+        return Cost(streamed(site) + read + made_bytes, products(site, pairs))

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import sympy
 import torch
 from torch import nn
 
 from subquad.ir.contract import Contract
+from subquad.ir.cost import BATCH, TIME, Cost, streamed
 from subquad.ir.refusal import Refusal
-from subquad.ir.rewrite import BATCH, TIME, Rewrite, SiteOperator
+from subquad.ir.rewrite import Rewrite, SiteOperator
 from subquad.ir.site import Site
 from subquad.kernels.spec import RecurrenceSpec
 
@@ -98,13 +98,13 @@ class Lolcats(Rewrite):
             "window_gate": torch.full((site.heads,), WINDOW_SHARE),
         }
 
-    def cost(self, site: Site) -> sympy.Expr:
-        """Window products, both feature maps, and the state's update and read-out, per token and head."""
+    def cost(self, site: Site) -> Cost:
+        """q, k, v and the output once; window products, both feature maps, the state's update and read-out per token."""
         width = 2 * self.features
         window = 2 * (self.window + self.sinks) * (site.head_dim + site.value_dim)
         maps = 4 * site.head_dim * self.features
         state = 4 * width * (site.value_dim + 1)
-        return BATCH * TIME * site.heads * (window + maps + state)
+        return Cost(streamed(site), BATCH * TIME * site.heads * (window + maps + state))
 
     @classmethod
     def examples(cls) -> Iterator[tuple[nn.Module, tuple[Any, ...], str]]:

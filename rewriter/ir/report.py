@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from subquad.ir.cost import Declined
 from subquad.ir.loop import Loop
 from subquad.ir.plan import Plan
 from subquad.ir.prefix import Prefix
@@ -45,7 +46,8 @@ class Report:
     """The account of one inspect, rewrite or verify.
 
     sites, loops, prefixes, refusals: what was found.  applied: "path: pass" per replaced site.  refused: sites a pass did
-    not admit.  rolled_back: rewrites undone because they broke their contract.  verification: measured errors.
+    not admit.  declined: sites for which no pass was named and an exact one is predicted to gain nothing.
+    rolled_back: rewrites undone because they broke their contract.  verification: measured errors.
     seconds: wall time by stage.  conversion: perplexity and KL to the original before and after each stage of training.
     """
 
@@ -56,6 +58,7 @@ class Report:
     plan: Plan | None = None
     applied: list[dict[str, Any]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
     rolled_back: list[Refusal] = field(default_factory=list)
     verification: list[Measurement] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class Report:
             "plan_hash": self.plan_hash,
             "applied": list(self.applied),
             "refused": [refusal.json() for refusal in self.refused],
+            "declined": [site.json() for site in self.declined],
             "rolled_back": [refusal.json() for refusal in self.rolled_back],
             "verification": [measurement.json() for measurement in self.verification],
             "seconds": {key: round(value, 4) for key, value in self.seconds.items()},

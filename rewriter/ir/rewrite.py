@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import sympy
 import torch
 import torch.fx
 
 from subquad.ir.contract import Contract
+from subquad.ir.cost import Cost
 from subquad.ir.refusal import Refusal
 from subquad.ir.site import Site
-
-BATCH, TIME = sympy.symbols("B T", integer=True, positive=True)
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,11 @@ class Rewrite(ABC):
         """The operator call that replaces the site."""
 
     @abstractmethod
-    def cost(self, site: Site) -> sympy.Expr:
-        """Floating-point operations of one call, in the symbols BATCH and TIME."""
+    def cost(self, site: Site) -> Cost:
+        """Bytes moved and operations of one call of the replacement, in the symbols of `subquad.ir.cost`.
+
+        It is compared with `original_cost(site)` when the user names no pass; a rewrite that gains nothing is then declined.
+        """
 
     def parameters(self, site: Site) -> dict[str, torch.Tensor]:
         """Initial values of the tensors that the rewrite adds to the site's module; none by default."""

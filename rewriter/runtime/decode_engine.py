@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from subquad.ir.errors import GenerationError
+from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.schedule import Runner, Schedule
 from subquad.runtime.state import DecoderState, cut_back, new_state, remember, reserve
-from subquad.runtime.step_graph import StepGraph
+from subquad.runtime.width_class import WIDTH_CLASSES
 
 
 @dataclass(frozen=True)
@@ -28,34 +29,30 @@ def executor(
     schedule: Schedule, weights: Mapping[str, Tensor], runners: Mapping[str, Runner] | None = None
 ) -> Executor:
     """Bind a schedule to weights; programs without a runner (by key) run operation by operation."""
-    runners = runners or {}
-    eager: dict[str, Runner] = {program.key: program.eager() for program in schedule.programs()}
-
-    def find(key: str) -> Runner:
-        return runners.get(key) or eager[key]
-
+    given = runners or {}
+    found = {program.key: given.get(program.key) or program.eager() for program in schedule.programs()}
     calls = tuple(
-        (find(c.program.key), c.sides, tuple(weights[name] for name in c.weights), c.states, c.program.fresh)
+        (found[c.program.key], c.sides, tuple(weights[name] for name in c.weights), c.states, c.program.fresh)
         for c in schedule.calls
     )
     entry = schedule.entry
-    return Executor(schedule, find(entry.key), tuple(weights[name] for name in entry.weights), calls)
+    return Executor(schedule, found[entry.key], tuple(weights[name] for name in entry.weights), calls)
 
 
 class DecodeEngine:
-    """Runs a StepGraph.  It holds no state of any call, so threads may share it.
+    """Runs a decoder.  It holds no state of any call, so threads may share it.
 
-    step, first: executors for any width after, and at, the start.  one: executor for a single row and token, None until it
-    is compiled; assigning it switches over at the next call.
+    eager: executors without compiled programs, "step" for any width after, and "first" for any width at, the start.
+    compiled: executors by the name of their width class; adding one switches over at the next call.
     """
 
-    def __init__(self, graph: StepGraph, step: Executor, first: Executor, device: torch.device) -> None:
-        self.graph, self.step, self.first, self.device = graph, step, first, device
-        self.one: Executor | None = None
+    def __init__(self, layout: DecoderLayout, eager: Mapping[str, Executor], device: torch.device) -> None:
+        self.layout, self.eager, self.device = layout, eager, device
+        self.compiled: dict[str, Executor] = {}
 
     def start(self, batch: int, capacity: int) -> DecoderState:
         """An empty state."""
-        return new_state(self.graph, batch, capacity, self.device)
+        return new_state(self.layout, batch, capacity, self.device)
 
     def run(self, state: DecoderState, ids: Tensor, mask: Tensor | None = None, last_only: bool = True) -> Tensor:
         """Append tokens ids [B, w] (mask [B, w], 1 for real tokens) and return logits [B, 1 or w, vocabulary].
@@ -66,43 +63,46 @@ class DecodeEngine:
         before, total = state.length, state.length + width
         if batch != state.batch or width == 0:
             raise GenerationError(f"a step of shape {list(ids.shape)} does not fit a state of {state.batch} rows.")
-        if self.graph.limit is not None and total > self.graph.limit:
+        if self.layout.limit is not None and total > self.layout.limit:
             raise GenerationError(
-                f"{total} tokens were asked of a model whose position table has {self.graph.limit} rows."
+                f"{total} tokens were asked of a model whose position table has {self.layout.limit} rows."
             )
         with torch.inference_mode():
             reserve(state, total)
             remember(state)
             self._write(state, ids, mask, before, total)
             shared = self._shared(state, before, total)
-            one = self.one
-            if before == 0:
-                chosen = self.first
-            else:
-                chosen = one if one is not None and batch == width == 1 else self.step
-            logits = _execute(chosen, shared, _named_states(self.graph, state), state, last_only)
+            chosen = self._chosen(before, batch * width)
+            logits = _execute(chosen, shared, _named_states(self.layout, state), state, last_only)
             state.length = total
         return logits
 
-    def probe(self, chosen: Executor, state: DecoderState, ids: Tensor, length: int) -> Tensor:
-        """Run one step of an executor as if `length` tokens had come before; the state is of no use afterwards."""
-        self._write(state, ids, None, length, length + 1)
-        shared = self._shared(state, length, length + 1)
-        return _execute(chosen, shared, _named_states(self.graph, state), state, True)
+    def _chosen(self, before: int, rows: int) -> Executor:
+        for one in WIDTH_CLASSES:
+            if one.name in self.compiled and one.covers(before, rows):
+                return self.compiled[one.name]
+        return self.eager["step" if before else "first"]
+
+    def probe(self, chosen: Executor, state: DecoderState, ids: Tensor, before: int) -> Tensor:
+        """Run one step of an executor as if `before` tokens had come before; the state is of no use afterwards."""
+        total = before + ids.shape[1]
+        self._write(state, ids, None, before, total)
+        shared = self._shared(state, before, total)
+        return _execute(chosen, shared, _named_states(self.layout, state), state, False)
 
     def rollback(self, state: DecoderState, columns: int) -> None:
         """Take back the last `columns` tokens of every row; recurrent states are recomputed from the nearest checkpoint."""
         with torch.inference_mode():
             tokens = dict(state.tokens.items())
-            target = cut_back(self.graph, state, columns)
+            target = cut_back(self.layout, state, columns)
             if state.length < target:
-                names = list(self.graph.inputs)
+                names = list(self.layout.inputs)
                 ids = tokens[names[0]][:, state.length : target]
                 mask = tokens[names[1]][:, state.length : target] if len(names) > 1 else None
                 self.run(state, ids, mask)
 
     def _write(self, state: DecoderState, ids: Tensor, mask: Tensor | None, before: int, total: int) -> None:
-        names = self.graph.inputs
+        names = self.layout.inputs
         state.tokens[names[0]][:, before:total] = ids
         if mask is not None and len(names) == 1 and not bool((mask != 0).all()):
             raise GenerationError(
@@ -112,14 +112,14 @@ class DecodeEngine:
             state.tokens[name][:, before:total] = 1 if mask is None else mask
 
     def _shared(self, state: DecoderState, before: int, total: int) -> dict[str, Tensor]:
-        shared = {name: state.tokens[name][:, before:total] for name in self.graph.inputs}
+        shared = {name: state.tokens[name][:, before:total] for name in self.layout.inputs}
         shared["columns"], shared["slots"] = state.arange[before:total], state.arange[:total]
-        if self.graph.history is not None:
-            values = self.graph.history(*(state.tokens[name][:, :total] for name in self.graph.inputs))
-            for n in range(self.graph.tables):
+        if self.layout.history is not None:
+            values = self.layout.history(*(state.tokens[name][:, :total] for name in self.layout.inputs))
+            for n in range(self.layout.tables):
                 shared[f"table_{n}"] = values[n].contiguous()
-            for n, axis in enumerate(self.graph.past_axes):
-                shared[f"past_{n}"] = values[self.graph.tables + n].narrow(axis, before, total - before).contiguous()
+            for n, axis in enumerate(self.layout.past_axes):
+                shared[f"past_{n}"] = values[self.layout.tables + n].narrow(axis, before, total - before).contiguous()
         return shared
 
 
@@ -152,10 +152,10 @@ def _in_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name.rpartition("_")[2]), RECURRENT.index(name.rpartition("_")[0])))
 
 
-def _named_states(graph: StepGraph, state: DecoderState) -> dict[str, Tensor]:
+def _named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
     """The state tensors by placeholder name."""
     segment, named, kv, recurrent = state.segments[-1], {}, 0, 0
-    for n, site in enumerate(graph.sites):
+    for n, site in enumerate(layout.sites):
         if site.kind == "kv":
             named[f"k_{n}"], named[f"v_{n}"] = segment.k[kv], segment.v[kv]
             kv += 1

@@ -1,9 +1,4 @@
-"""Forms of projection and attention that Inductor turns into memory-speed loops when one row holds one token.
-
-At one row a matrix product is bound by reading the weight; written as a sum of products it becomes one vectorised loop,
-while library matrix products reach less than half of the memory's rate in bf16 (measured).  Intermediate results that many
-rows of a weight read are made real once (`_made_real`) instead of being computed again in the inner loop.
-"""
+"""Forms of attention that Inductor turns into memory-speed loops when one row holds one token: sums of products."""
 
 from __future__ import annotations
 
@@ -17,14 +12,7 @@ from subquad.kernels.segments import predicate_env, visibility
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import SoftmaxSpec
 
-FORMS = ("product_sum", "visible_keys", "attend", "recur")
-
-
-def product_sum(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [1, 1, I] times weight [O, I] transposed, plus bias [O]: sums in fp32 (fp64), result in x's dtype."""
-    wide = _made_real(x.to(compute_dtype(x)))
-    out = (wide.unsqueeze(-2) * weight).sum(-1, dtype=wide.dtype)
-    return (out if bias is None else out + bias).to(x.dtype)
+FORMS = ("visible_keys", "attend", "recur")
 
 
 def visible_keys(columns: Tensor, slots: Tensor, tables: Sequence[Tensor], scalars: Sequence[int], mask: str) -> Tensor:

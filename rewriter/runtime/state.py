@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad.ir.errors import GenerationError
-from subquad.runtime.step_graph import SiteState, StepGraph
+from subquad.runtime.layout import DecoderLayout, SiteState
 
 GRAIN = 256
 """Buffers grow to a multiple of this many slots, at least by half."""
@@ -67,14 +67,14 @@ CHECKPOINTS = 4
 """Recurrent states of this many calls are kept; a rollback further than that replays the tokens."""
 
 
-def new_state(graph: StepGraph, batch: int, capacity: int, device: torch.device) -> DecoderState:
+def new_state(layout: DecoderLayout, batch: int, capacity: int, device: torch.device) -> DecoderState:
     """An empty state for `batch` rows with room for `capacity` columns."""
     capacity = max(GRAIN, -(-capacity // GRAIN) * GRAIN)
-    tokens = {name: torch.zeros(batch, capacity, dtype=torch.int64, device=device) for name in graph.inputs}
-    kv = [site for site in graph.sites if site.kind == "kv"]
+    tokens = {name: torch.zeros(batch, capacity, dtype=torch.int64, device=device) for name in layout.inputs}
+    kv = [site for site in layout.sites if site.kind == "kv"]
     k = [torch.zeros(batch, capacity, s.kv_heads, s.key_dim, dtype=s.dtype, device=device) for s in kv]
     v = [torch.zeros(batch, capacity, s.kv_heads, s.value_dim, dtype=s.dtype, device=device) for s in kv]
-    recurrent = [empty_recurrence(s, batch, device) for s in graph.sites if s.kind == "recurrent"]
+    recurrent = [empty_recurrence(s, batch, device) for s in layout.sites if s.kind == "recurrent"]
     return DecoderState(batch, device, tokens, [Segment(k, v)], recurrent, torch.arange(capacity, device=device))
 
 
@@ -110,7 +110,7 @@ def remember(state: DecoderState) -> None:
         del state.checkpoints[:-CHECKPOINTS]
 
 
-def cut_back(graph: StepGraph, state: DecoderState, columns: int) -> int:
+def cut_back(layout: DecoderLayout, state: DecoderState, columns: int) -> int:
     """Drop the last `columns` columns as far as the state allows; returns the column from which tokens must be replayed.
 
     Raises GenerationError when the state holds fewer columns.
@@ -127,6 +127,6 @@ def cut_back(graph: StepGraph, state: DecoderState, columns: int) -> int:
         state.length, state.recurrent = state.checkpoints[-1][0], list(state.checkpoints[-1][1])
     else:
         state.length = 0
-        sites = [s for s in graph.sites if s.kind == "recurrent"]
+        sites = [s for s in layout.sites if s.kind == "recurrent"]
         state.recurrent = [empty_recurrence(s, state.batch, state.device) for s in sites]
     return target

@@ -9,13 +9,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from subquad.application import Rewritten, original_forward, rewritten_capture
+from subquad.application import Rewritten, original_forward
 from subquad.capture import capture
 from subquad.ir.errors import ConversionError
 from subquad.ir.graph import attribute, hang
 from subquad.ir.report import Report
 from subquad.ir.site import Site
 from subquad.recognition import recognise
+from subquad.replacement import rewritten_capture
 from subquad.training.adapters import Adapters
 from subquad.training.sites import Sample, TrainingModel, TrainingSite
 

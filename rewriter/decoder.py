@@ -1,0 +1,120 @@
+"""The decoder of a model: prefill, steps, rollback and generation, with programs compiled in the background."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subquad.compilation import Order, compile_orders
+from subquad.ir.errors import SubquadError
+from subquad.runtime.decode_engine import DecodeEngine, executor
+from subquad.runtime.generation import generate
+from subquad.runtime.layout import DecoderLayout
+from subquad.runtime.schedule import Schedule
+from subquad.runtime.state import DecoderState
+from subquad.runtime.width_class import WIDTH_CLASSES
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class DecoderPrograms:
+    """A decoder without its weights: what it needs to know of the model, and a schedule for each width class by name."""
+
+    layout: DecoderLayout
+    schedules: dict[str, Schedule]
+
+
+class Decoder:
+    """Prefill, step, rollback and generation of one model.  States belong to calls, so threads may share a decoder."""
+
+    def __init__(self, programs: DecoderPrograms, weights: Mapping[str, Tensor]) -> None:
+        """weights: the tensors that the schedules read, by name."""
+        self.programs, self.weights = programs, weights
+        device = next((t.device for t in weights.values()), torch.device("cpu"))
+        eager = {name: executor(programs.schedules[name], weights) for name in ("step", "first")}
+        self.engine = DecodeEngine(programs.layout, eager, device)
+        self.failure: str | None = None
+        self._worker: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        """True when the one-token programs are compiled and in use."""
+        return "one" in self.engine.compiled
+
+    @property
+    def complete(self) -> bool:
+        """True when the programs of every width class are compiled and in use."""
+        return len(self.engine.compiled) == len(WIDTH_CLASSES)
+
+    def prefill(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, last_only: bool = True, capacity: int = 0
+    ) -> tuple[Tensor, DecoderState]:
+        """Logits [B, 1 or T, vocabulary] of ids [B, T] and the state behind them; room for `capacity` tokens from the start."""
+        state = self.engine.start(ids.shape[0], max(capacity, ids.shape[1]))
+        return self.engine.run(state, ids, attention_mask, last_only), state
+
+    def step(self, ids: Tensor, state: DecoderState, *, last_only: bool = False) -> Tensor:
+        """Logits [B, w or 1, vocabulary] of w more tokens ids [B, w]; the state moves on."""
+        return self.engine.run(state, ids, None, last_only)
+
+    def rollback(self, state: DecoderState, n: int) -> None:
+        """Take back the last n tokens of every row."""
+        self.engine.rollback(state, n)
+
+    def generate(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 128,
+        eos_token_ids: Collection[int] = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Yield the new token of every row, step by step; see subquad.runtime.generation.generate."""
+        return generate(
+            self.engine, ids, attention_mask, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        )  # fmt: skip
+
+    def compile(self, *, wait: bool = True, report: Report = lambda done, total: None) -> None:
+        """Compile the programs of each width class, or load them from the cache; a class is in use once it is whole.
+
+        The one-token programs come first, then those of a few tokens, then those of a prompt; uncompiled ones serve until
+        then.  wait: False works in a thread beside generation.  report: called with (programs ready, programs in all).
+        When the compiler fails, `failure` holds the sentence, what was compiled before stays in use and, with wait,
+        CompilationError is raised.
+        """
+        if self.complete or self.engine.device.type != "cpu":
+            return
+        if wait:
+            self._compile(report)
+        elif self._worker is None or not self._worker.is_alive():
+            self._worker = threading.Thread(
+                target=self._in_background, args=(report,), name="subquad-compile", daemon=True
+            )
+            self._worker.start()
+
+    def _in_background(self, report: Report) -> None:
+        try:
+            self._compile(report)
+        except SubquadError:
+            return
+
+    def _compile(self, report: Report) -> None:
+        schedules = self.programs.schedules
+        try:
+            orders = {one.name: self._orders(schedules[one.name]) for one in WIDTH_CLASSES}
+            for name, runners in compile_orders(orders, report):
+                self.engine.compiled[name] = executor(schedules[name], self.weights, runners)
+        except SubquadError as error:
+            self.failure = str(error)
+            raise
+
+    def _orders(self, schedule: Schedule) -> list[Order]:
+        if not schedule.forms:
+            from subquad.input_forms import find_forms
+            from subquad.weight_storage import form_of
+
+            find_forms(self.programs, {name: form_of(tensor) for name, tensor in self.weights.items()})
+        return [Order(program, schedule.forms[program.key]) for program in schedule.programs()]

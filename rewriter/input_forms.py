@@ -1,0 +1,96 @@
+"""Find the dtypes and sizes of every program's inputs, and which sizes vary, by running the schedules on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from subquad.decoder import DecoderPrograms
+from subquad.runtime.decode_engine import DecodeEngine, executor
+from subquad.runtime.layout import DecoderLayout
+from subquad.runtime.schedule import InputForm, Program, Runner, Varying
+from subquad.runtime.width_class import WIDTH_CLASSES, WidthClass
+from subquad.weight_storage import TensorForm
+
+Form = tuple[torch.dtype, tuple[int, ...]]
+Seen = dict[str, list[tuple[Form, ...]]]
+
+
+class _Probe(NamedTuple):
+    """One call: rows, tokens a row, columns after it, and columns that there is room for."""
+
+    batch: int
+    width: int
+    total: int
+    capacity: int
+
+
+def find_forms(programs: DecoderPrograms, weights: Mapping[str, TensorForm]) -> None:
+    """Fill in the forms of every schedule.  weights: the forms of the tensors that they read, packed ones included."""
+    device = next((form.device for form in weights.values()), torch.device("cpu"))
+    for one in WIDTH_CLASSES:
+        schedule = programs.schedules[one.name]
+        probes = _probes(one, programs.layout)
+        runs = [_observed(programs, one.name, weights, probe, device) for probe in probes]
+        capped = {(a, b) for a, b in zip(probes[0][:2], probes[1][:2], strict=True) if a != b}
+        schedule.forms = {p.key: _joined(runs[0][p.key], runs[1][p.key], capped, one.most) for p in schedule.programs()}
+
+
+def _probes(one: WidthClass, layout: DecoderLayout) -> tuple[_Probe, _Probe]:
+    """Two calls that differ in every size that may vary within a class."""
+    longest = min(layout.limit or 64, 64)
+    short = longest // 2
+    if one.most == 1:
+        return _Probe(1, 1, short, 256), _Probe(1, 1, longest, 512)
+    widths = (short, longest) if one.start else (3, 5)
+    return _Probe(2, widths[0], short, 256), _Probe(3, widths[1], longest, 512)
+
+
+def _observed(
+    programs: DecoderPrograms, name: str, weights: Mapping[str, TensorForm], probe: _Probe, device: torch.device
+) -> Seen:
+    """The inputs of every call of every program."""
+    schedule, seen = programs.schedules[name], Seen()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = {name: torch.empty(form.shape, dtype=form.dtype, device=device) for name, form in weights.items()}
+        engine = DecodeEngine(programs.layout, {}, device)
+        recording = executor(schedule, fake, {p.key: _recording(p, seen) for p in schedule.programs()})
+        ids = torch.zeros(probe.batch, probe.width, dtype=torch.int64, device=device)
+        engine.probe(recording, engine.start(probe.batch, probe.capacity), ids, probe.total - probe.width)
+    return seen
+
+
+def _recording(program: Program, seen: Seen) -> Runner:
+    """Runs the program once for each set of input forms; fake outputs are as good the second time."""
+    run = program.traced()
+    known: dict[tuple[Form, ...], list[Tensor]] = {}
+
+    def runner(inputs: list[Tensor]) -> list[Tensor]:
+        forms = tuple((t.dtype, tuple(t.shape)) for t in inputs)
+        seen.setdefault(program.key, []).append(forms)
+        if forms not in known:
+            known[forms] = run(inputs)
+        return known[forms]
+
+    return runner
+
+
+def _joined(
+    small: list[tuple[Form, ...]], large: list[tuple[Form, ...]], capped: set[tuple[int, int]], most: int
+) -> tuple[InputForm, ...]:
+    """One form per input: a size varies that differs between two calls of a run or between the runs."""
+    forms = []
+    for n, (dtype, sizes) in enumerate(small[0]):
+        axes: list[int | Varying] = []
+        for axis, size in enumerate(sizes):
+            pairs = {(a[n][1][axis], b[n][1][axis]) for a, b in zip(small, large, strict=True)}
+            if pairs == {(size, size)}:
+                axes.append(size)
+            else:
+                axes.append(Varying(size, most if pairs <= capped else None))
+        forms.append(InputForm(dtype, tuple(axes)))
+    return tuple(forms)

@@ -1,0 +1,164 @@
+"""Find the smallest modules that own the sites: each is captured alone and must show the same sites there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from subquad.capture import Capture, ProgramModule, capture
+from subquad.ir.errors import CaptureError
+from subquad.ir.graph import shape_of
+from subquad.ir.report import Report
+from subquad.ir.site import Site
+from subquad.lifting import CONSTANTS
+from subquad.recognition import recognise
+from subquad.replacement import Replacement, module_of_site, rewritten_capture
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def owned_captures(whole: Capture, replacements: tuple[Replacement, ...], applied: Capture) -> dict[str, Capture]:
+    """The rewritten graphs to bind, by the path of the module each one is the forward of; none for no replacement.
+
+    whole: the root's capture.  applied: the same, rewritten.  A site goes to the innermost enclosing module that a run on
+    the example inputs calls once, with tensors and no numbers, and in whose own capture the site is found again and becomes
+    the same operator: there a mask must be proved from what the module itself is given.  Where none is, it is the root, and
+    then `applied` is the forward of the root and of nothing else.
+    """
+    members: dict[str, list[Replacement]] = {}
+    for taken in replacements:
+        members.setdefault(module_of_site(taken.site.path), []).append(taken)
+    if not members:
+        return {}
+    if "" in members or isinstance(whole.root, ProgramModule | torch.fx.GraphModule):
+        return {"": applied}
+    calls = _calls(whole, {path for start in members for path in _enclosing(start)})
+    found: dict[str, Capture] = {}
+    hopeless: set[Any] = set()
+    while waiting := [path for path in members if path not in found]:
+        path = waiting[0]
+        for inner in [known for known in members if known.startswith(f"{path}.")]:
+            members[path] += members.pop(inner)
+            found.pop(inner, None)
+        call = calls.get(path)
+        kind = None if call is None else (type(whole.root.get_submodule(path)), _signature(call))
+        alone = None if call is None or kind in hopeless else _alone(whole.root, path, call, members[path])
+        if alone is not None:
+            found[path] = alone
+            continue
+        hopeless.add(kind)
+        parent = path.rpartition(".")[0]
+        if not parent:
+            return {"": applied}
+        members.setdefault(parent, []).extend(members.pop(path))
+        found.pop(parent, None)
+    return found
+
+
+def _enclosing(path: str) -> list[str]:
+    """The path itself and every module path above it, the root aside."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _calls(whole: Capture, paths: set[str]) -> dict[str, Call]:
+    """What each module is called with when the root runs on its example inputs, for those called exactly once."""
+    recorded: dict[str, list[Call]] = {}
+    with ExitStack() as stack:
+        for path in paths:
+            try:
+                module = whole.root.get_submodule(path)
+            except AttributeError:
+                continue
+
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                recorded.setdefault(path, []).append(pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)))
+
+            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
+        try:
+            with torch.no_grad():
+                whole.root(**whole.example, **whole.constants)
+        except Exception:  # a root that cannot be called by its captured names is rebound whole
+            return {}
+    return {path: calls[0] for path, calls in recorded.items() if len(calls) == 1}
+
+
+def _signature(call: Call) -> Any:
+    """Equal for calls alike, so that of equal layers only the first is tried in vain."""
+    leaves, structure = pytree.tree_flatten(call)
+    return str(structure), tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
+
+
+def _alone(root: nn.Module, path: str, call: Call, members: list[Replacement]) -> Capture | None:
+    """The module's own graph with its sites replaced; None where that would not be the same in every call.
+
+    A number among the arguments may be a length, which the graph would freeze; a forward already bound to the instance is
+    somebody else's; a constant that is a parameter of another module would not follow it.
+    """
+    owner = root.get_submodule(path)
+    leaves = pytree.tree_leaves(call)
+    if "forward" in owner.__dict__ or any(not isinstance(x, torch.Tensor | bool | str | None) for x in leaves):
+        return None
+    try:
+        with _own_hooks_lifted(owner):
+            captured = capture(owner, call)
+    except CaptureError:
+        return None
+    if len(captured.inputs) != sum(isinstance(x, torch.Tensor) for x in leaves) or _borrows(captured, root):
+        return None
+    sites = {_joined(path, site.path): site for site in recognise(captured, Report()).sites}
+    moved = []
+    for taken in members:
+        site = sites.get(taken.site.path)
+        if site is None or not _same(site, taken):
+            return None
+        moved.append(replace(taken, site=site, prefix=taken.prefix.removeprefix(f"{path}.")))
+    return rewritten_capture(captured, tuple(moved))
+
+
+def _same(site: Site, taken: Replacement) -> bool:
+    """True when the site is admitted, becomes the same operator, and keeps the same sizes symbolic."""
+    if taken.rewrite.admits(site) is not None or taken.rewrite.operator(site) != taken.call:
+        return False
+    return _words(site) == _words(taken.site)
+
+
+def _words(site: Site) -> Any:
+    sizes = [
+        isinstance((shape_of(operand.node) or ())[axis], torch.SymInt)
+        for operand in (site.q, site.k)
+        for axis in operand.axes[:2]
+        if axis is not None
+    ]
+    biases = [(bias.role, bias.factor) for bias in site.biases]
+    return sizes, biases, len(site.mask.tables), site.sinks is None, site.phase, site.folded
+
+
+def _joined(owner: str, path: str) -> str:
+    return f"{owner}.{path}" if path and path[0] not in "#@" else owner + path
+
+
+def _borrows(captured: Capture, root: nn.Module) -> bool:
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*root.parameters(), *root.buffers())} - {0}
+    constants = [x for name, x in captured.graph.named_buffers() if name.startswith(f"{CONSTANTS}.")]
+    return any(constant.untyped_storage().data_ptr() in held for constant in constants)
+
+
+@contextmanager
+def _own_hooks_lifted(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module's own hooks do not run; they stay on its call, so its graph must not hold them too."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = {name: module.__dict__[name] for name in names}
+    module.__dict__.update({name: OrderedDict() for name in names})
+    try:
+        yield
+    finally:
+        module.__dict__.update(kept)

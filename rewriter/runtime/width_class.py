@@ -1,0 +1,32 @@
+"""The classes of calls for which a decoder is compiled: one token, a few tokens after others, and a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WidthClass:
+    """Calls that share compiled programs.
+
+    start: it takes calls on an empty state, otherwise calls after earlier tokens.  least, most: the rows times tokens of a
+    call that it takes.
+    """
+
+    name: str
+    start: bool
+    least: int
+    most: int
+
+    def covers(self, before: int, rows: int) -> bool:
+        """True for a call of `rows` tokens in all rows together after `before` columns."""
+        return self.start == (before == 0) and self.least <= rows <= self.most
+
+
+WIDTH_CLASSES = (
+    WidthClass("one", False, 1, 1),
+    WidthClass("step", False, 2, 16),
+    WidthClass("first", True, 2, 512),
+)
+"""In the order in which they are compiled.  Compiled attention holds the scores of all its queries and keys, so that longer
+prompts are better served operation by operation, which goes through them in blocks."""
