@@ -19,7 +19,7 @@ constexpr int LANES = 8, REGISTERS = 16;
 constexpr int LANES = 4, REGISTERS = 32;
 #endif
 constexpr int MOST = 4;                   // rows summed in one pass over a weight row
-constexpr int64_t AHEAD = 1024;           // bytes between the weights in use and those fetched
+constexpr int64_t AHEAD = 768;            // bytes between the weights in use and those fetched
 constexpr int64_t SHARES = 8;             // shares of the weight that a thread takes one after another
 constexpr int64_t SERIAL = 32 * 1024;     // weights below which a second thread costs more than it brings
 
@@ -109,8 +109,9 @@ inline void dot(const T* weight, const float* x, int64_t in, float* result) {
     }
   };
   for (; i + STRIDE <= in; i += STRIDE) {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + AHEAD);
-    if (STRIDE * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + AHEAD + 64);
+    // A weight is used once a token: fetched so that it does not push what is used again out of the caches.
+    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + AHEAD, 0, 0);
+    if (STRIDE * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + AHEAD + 64, 0, 0);
     for (int pair = 0; pair < PAIRS; pair++) add(i + pair * BLOCK, pair);
   }
   for (; i + BLOCK <= in; i += BLOCK) add(i, 0);
