@@ -46,6 +46,7 @@ def compile_job(job: dict[str, Any], native: bool) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.subquad.narrow_linear.default):
             node.target = torch.ops.aten.linear.default
     lower(graph)
+    _bound(graph, forms)
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
     dynamic = tuple(_varying(form) or None for form in forms)
     with torch.no_grad():
@@ -85,6 +86,20 @@ def _example(form: InputForm) -> torch.Tensor:
 
 def _varying(form: InputForm) -> dict[int, Any]:
     return {axis: Dim.DYNAMIC(max=s.most) for axis, s in enumerate(form.sizes) if isinstance(s, Varying)}
+
+
+def _bound(graph: torch.fx.Graph, forms: list[InputForm]) -> None:
+    """State the limits of sizes in the graph, where forms that depend on them find them while they are traced."""
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]):
+        for node, form in zip(inputs, forms, strict=True):
+            for axis, size in enumerate(form.sizes):
+                if isinstance(size, Varying) and size.most is not None:
+                    graph.call_function(_check_size, (node, axis, size.most))
+
+
+def _check_size(x: torch.Tensor, axis: int, most: int) -> None:
+    torch._check(x.shape[axis] <= most)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from subquad.runtime.generation import generate
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.schedule import Schedule
 from subquad.runtime.state import DecoderState
-from subquad.runtime.width_class import WIDTH_CLASSES
 
 Report = Callable[[int, int], None]
 
@@ -49,7 +48,7 @@ class Decoder:
     @property
     def complete(self) -> bool:
         """True when the programs of every width class are compiled and in use."""
-        return len(self.engine.compiled) == len(WIDTH_CLASSES)
+        return len(self.engine.compiled) == len(self.programs.layout.classes)
 
     def prefill(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, last_only: bool = True, capacity: int = 0
@@ -104,7 +103,7 @@ class Decoder:
     def _compile(self, report: Report) -> None:
         schedules = self.programs.schedules
         try:
-            orders = {one.name: self._orders(schedules[one.name]) for one in WIDTH_CLASSES}
+            orders = {one.name: self._orders(schedules[one.name]) for one in self.programs.layout.classes}
             for name, runners in compile_orders(orders, report):
                 self.engine.compiled[name] = executor(schedules[name], self.weights, runners)
         except SubquadError as error:

@@ -13,7 +13,7 @@ from subquad.decoder import DecoderPrograms
 from subquad.runtime.decode_engine import DecodeEngine, executor
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.schedule import InputForm, Program, Runner, Varying
-from subquad.runtime.width_class import WIDTH_CLASSES, WidthClass
+from subquad.runtime.width_class import WidthClass
 from subquad.weight_storage import TensorForm
 
 Form = tuple[torch.dtype, tuple[int, ...]]
@@ -32,7 +32,7 @@ class _Probe(NamedTuple):
 def find_forms(programs: DecoderPrograms, weights: Mapping[str, TensorForm]) -> None:
     """Fill in the forms of every schedule.  weights: the forms of the tensors that they read, packed ones included."""
     device = next((form.device for form in weights.values()), torch.device("cpu"))
-    for one in WIDTH_CLASSES:
+    for one in programs.layout.classes:
         schedule = programs.schedules[one.name]
         probes = _probes(one, programs.layout)
         runs = [_observed(programs, one.name, weights, probe, device) for probe in probes]

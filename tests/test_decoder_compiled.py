@@ -19,7 +19,7 @@ from subquad.incremental import assembled, attributes, decoder
 from subquad.ir.errors import ArtifactError
 from subquad.one_token_graph import one_token_graph
 from subquad.runtime.graph_file import read_graph, write_graph
-from subquad.runtime.width_class import WIDTH_CLASSES
+from subquad.runtime.width_class import width_classes
 
 LOLCATS = "linearize:lolcats(window=4, sinks=2)"
 
@@ -187,7 +187,7 @@ def test_a_later_class_that_fails_leaves_the_earlier_in_use(monkeypatch: pytest.
      (3, 17, None)],
 )  # fmt: skip
 def test_a_call_has_one_class_or_none(before: int, rows: int, wanted: str | None) -> None:
-    assert [one.name for one in WIDTH_CLASSES if one.covers(before, rows)] == [wanted] * (wanted is not None)
+    assert [one.name for one in width_classes(False) if one.covers(before, rows)] == [wanted] * (wanted is not None)
 
 
 @pytest.mark.slow

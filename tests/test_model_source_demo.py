@@ -31,7 +31,7 @@ def test_absent_wheel_is_one_sentence(cache: Path, monkeypatch: pytest.MonkeyPat
 
 def test_interrupted_writing_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     loaded = open_model(str(tiny_llama))
-    monkeypatch.setattr(packaged_weights, "_packaged_gguf", lambda: tiny_llama / "model.gguf")
+    monkeypatch.setattr(packaged_weights, "packaged_gguf", lambda: tiny_llama / "model.gguf")
     monkeypatch.setattr(packaged_weights, "distribution", lambda name: importlib.metadata.distribution("torch"))
     monkeypatch.setattr(packaged_weights, "read_gguf", lambda path, dtype: (loaded.module, loaded.codec))
 

@@ -12,7 +12,6 @@ from subquad.ir.errors import GenerationError
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.schedule import Runner, Schedule
 from subquad.runtime.state import DecoderState, cut_back, new_state, remember, reserve
-from subquad.runtime.width_class import WIDTH_CLASSES
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class DecodeEngine:
         return logits
 
     def _chosen(self, before: int, rows: int) -> Executor:
-        for one in WIDTH_CLASSES:
+        for one in self.layout.classes:
             if one.name in self.compiled and one.covers(before, rows):
                 return self.compiled[one.name]
         return self.eager["step" if before else "first"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.fx
+
+from subquad.runtime.width_class import WidthClass, width_classes
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,8 @@ class DecoderLayout:
         """The placeholders of a step graph that are not state, in order."""
         tables = tuple(f"table_{n}" for n in range(self.tables))
         return (*self.inputs, "columns", "slots", *tables, *(f"past_{n}" for n in range(len(self.past_axes))))
+
+    @functools.cached_property
+    def classes(self) -> tuple[WidthClass, ...]:
+        """The classes of calls for which the decoder is compiled."""
+        return width_classes(any(site.kind == "recurrent" for site in self.sites))

@@ -73,7 +73,7 @@ def graph_key(graph: torch.fx.Graph) -> str:
     lines = []
     for n, node in enumerate(graph.nodes):
         names[node] = f"%{n}"
-        arguments: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda m: _Reference(names[m]))  # type: ignore[arg-type]
+        arguments: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda m: _Reference(names[m]))  # type: ignore[arg-type, return-value]
         target = node.name if node.op == "placeholder" else _spelling(node.target)
         lines.append(f"{node.op} {target} {arguments!r}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]

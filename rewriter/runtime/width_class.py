@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from subquad.kernels.recurrence_chunked import CHUNK
+
 
 @dataclass(frozen=True)
 class WidthClass:
@@ -23,10 +25,19 @@ class WidthClass:
         return self.start == (before == 0) and self.least <= rows <= self.most
 
 
-WIDTH_CLASSES = (
-    WidthClass("one", False, 1, 1),
-    WidthClass("step", False, 2, 16),
-    WidthClass("first", True, 2, 512),
-)
-"""In the order in which they are compiled.  Compiled attention holds the scores of all its queries and keys, so that longer
-prompts are better served operation by operation, which goes through them in blocks."""
+PROMPT = 512
+"""Tokens up to which a prompt is compiled.  Compiled attention holds the scores of all its queries and keys; operation by
+operation it goes through them in blocks."""
+
+
+def width_classes(recurrent: bool) -> tuple[WidthClass, ...]:
+    """The classes in the order in which they are compiled.
+
+    recurrent: some site has a recurrent state.  Prompts are then compiled up to one chunk of the recurrence: a number of
+    chunks that varies takes the compiler minutes (measured).
+    """
+    return (
+        WidthClass("one", False, 1, 1),
+        WidthClass("step", False, 2, 16),
+        WidthClass("first", True, 2, CHUNK if recurrent else PROMPT),
+    )
