@@ -120,7 +120,9 @@ def _has_seam(root: nn.Module, replacements: tuple[Replacement, ...]) -> bool:
         return False
     plain = {"full", "causal", "padding(attention_mask)", "causal & padding(attention_mask)"}
     if not all(
-        "#" not in r.site.path and r.site.mask.family in plain and not r.site.biases and r.site.sinks is None
+        "#" not in r.site.path
+        and r.site.mask.family in plain
+        and not (r.site.biases or r.site.gain or r.site.sinks is not None)
         for r in replacements
     ):
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -11,57 +10,16 @@ import torch
 import torch.fx
 
 import subquad.kernels  # noqa: F401  (registers the operators)
-from subquad.ir.graph import dtype_of, shape_of, value_of
+from subquad.emitter import Emitter
+from subquad.ir.graph import dtype_of, rank_of, value_of
 from subquad.ir.mask import KV, B, Mask
 from subquad.ir.rewrite import SiteOperator
-from subquad.ir.site import Bias, Operand, Site
+from subquad.ir.site import Bias, Site
+from subquad.layout_emission import canonical, laid_out, restored, size_node
 
 Node = torch.fx.Node
 PARAMETERS = "subquad"
 """Name of the submodule, under the site's module, that holds the tensors a rewrite adds."""
-
-
-class Emitter:
-    """Inserts nodes before one place and records their fake values."""
-
-    def __init__(self, module: torch.fx.GraphModule, before: Node) -> None:
-        self.graph, self.before = module.graph, before
-        self.module = module
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """Insert target(*args, **kwargs)."""
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self.before.meta:
-                node.meta[key] = self.before.meta[key]
-        concrete = torch.fx.node.map_arg((args, kwargs), value_of)
-        try:
-            with _fake_mode(concrete), torch.no_grad():
-                node.meta["val"] = target(*concrete[0], **concrete[1])
-        except Exception:
-            node.meta["val"] = None
-        return node
-
-    def attribute(self, target: str, value: torch.Tensor) -> Node:
-        """Insert a get_attr of a parameter the graph module already holds."""
-        with self.graph.inserting_before(self.before):
-            node = self.graph.get_attr(target)
-        mode = _mode_of(value_of(n) for n in self.graph.nodes)
-        node.meta["val"] = value if mode is None else mode.from_tensor(value.detach(), static_shapes=True)
-        return node
-
-
-def _mode_of(values: Any) -> Any:
-    for value in torch.utils._pytree.tree_leaves(list(values)):
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
-    return None
-
-
-def _fake_mode(values: Any) -> Any:
-    mode = _mode_of([values])
-    return mode if mode is not None else torch.no_grad()
 
 
 def emit_site(
@@ -72,7 +30,7 @@ def emit_site(
     parameters: the tensors of call.parameters, already attributes of `module` under `prefix`.
     """
     emitter = Emitter(module, site.out)
-    q, k, v = (_canonical(emitter, operand) for operand in (site.q, site.k, site.v))
+    q, k, v = (canonical(emitter, operand, site) for operand in (site.q, site.k, site.v))
     learned = {
         argument: [emitter.attribute(f"{prefix}.{name}", parameters[name]) for name in names]
         for argument, names in call.parameters.items()
@@ -82,7 +40,7 @@ def emit_site(
     else:
         node = _recurrence(emitter, site, call, q, k, v, learned)
     out = emitter.call(operator.getitem, node, 0)
-    out = _restored(emitter, out, site)
+    out = restored(emitter, out, site)
     if dtype_of(out) is not None and dtype_of(out) != dtype_of(site.out):
         out = emitter.call(torch.ops.aten.to.dtype, out, dtype_of(site.out))
     site.out.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
@@ -91,9 +49,17 @@ def emit_site(
 
 def _softmax(emitter: Emitter, site: Site, call: SiteOperator, q: Node, k: Node, v: Node) -> Node:
     tables = [table.node for table in site.mask.tables]
+    if site.gain is not None:
+        rows = laid_out(emitter, site.gain)
+        for _ in range(4 - (rank_of(rows) or 0)):
+            rows = emitter.call(torch.ops.aten.unsqueeze.default, rows, 0)
+        rows = emitter.call(torch.ops.aten.permute.default, rows, [0, 2, 1, 3])
+        operation = torch.ops.aten.div.Tensor if site.gain.divides else torch.ops.aten.mul.Tensor
+        q = emitter.call(torch.ops.aten.to.dtype, emitter.call(operation, q, rows), dtype_of(q))
     return emitter.call(
         torch.ops.subquad.softmax_attention.default,
-        q, [k], [v], [], [], [], None, _bias(emitter, site, q), site.sinks, tables, _sizes(emitter, site.mask), call.spec,
+        q, [k], [v], [], [], [], None, _bias(emitter, site, q), _sinks(emitter, site), tables, _sizes(emitter, site.mask),
+        call.spec,
     )  # fmt: skip
 
 
@@ -110,32 +76,6 @@ def _recurrence(
     )  # fmt: skip
 
 
-def _canonical(emitter: Emitter, operand: Operand) -> Node:
-    """The operand as [B, T, H, D]."""
-    node = operand.node
-    order = [axis for axis in operand.axes if axis is not None]
-    extra = [n for n in range(len(shape_of(node) or ())) if n not in order]
-    for n in reversed(extra):
-        node = emitter.call(torch.ops.aten.squeeze.dim, node, n)
-        order = [axis - 1 if axis > n else axis for axis in order]
-    if order != sorted(order):
-        node = emitter.call(torch.ops.aten.permute.default, node, order)
-    for place, axis in enumerate(operand.axes):
-        if axis is None:
-            node = emitter.call(torch.ops.aten.unsqueeze.default, node, place)
-    return node
-
-
-def _restored(emitter: Emitter, node: Node, site: Site) -> Node:
-    """From [B, T, H, V] to the axes of the replaced output."""
-    for place in reversed(range(4)):
-        if site.out_axes[place] is None:
-            node = emitter.call(torch.ops.aten.squeeze.dim, node, place)
-    axes = [axis for axis in site.out_axes if axis is not None]
-    order = sorted(range(len(axes)), key=lambda n: axes[n])
-    return emitter.call(torch.ops.aten.permute.default, node, order) if order != list(range(len(axes))) else node
-
-
 def _bias(emitter: Emitter, site: Site, q: Node) -> Node | None:
     total: Node | None = None
     for bias in site.biases:
@@ -145,31 +85,38 @@ def _bias(emitter: Emitter, site: Site, q: Node) -> Node | None:
 
 
 def _term(emitter: Emitter, bias: Bias, q: Node) -> Node:
+    node = laid_out(emitter, bias)
     if bias.role == "add":
-        return bias.node if bias.factor == 1.0 else emitter.call(torch.ops.aten.mul.Tensor, bias.node, bias.factor)
-    zeros = emitter.call(torch.ops.aten.zeros_like.default, bias.node, dtype=dtype_of(q))
-    hidden = bias.node
-    if dtype_of(hidden) != torch.bool:
-        hidden = emitter.call(torch.ops.aten.ne.Scalar, hidden, 0)
+        return node if bias.factor == 1.0 else emitter.call(torch.ops.aten.mul.Tensor, node, bias.factor)
+    zeros = emitter.call(torch.ops.aten.zeros_like.default, node, dtype=dtype_of(q))
+    hidden = node
+    if bias.role == "low":
+        hidden = emitter.call(torch.ops.aten.le.Scalar, node, -1e30)
+    elif dtype_of(node) != torch.bool:
+        hidden = emitter.call(torch.ops.aten.ne.Scalar, node, 0)
     if bias.role == "keep":
         hidden = emitter.call(torch.ops.aten.logical_not.default, hidden)
     return emitter.call(torch.ops.aten.masked_fill.Scalar, zeros, hidden, float("-inf"))
 
 
+def _sinks(emitter: Emitter, site: Site) -> Node | None:
+    if site.sinks is None:
+        return None
+    if isinstance(site.sinks, float):
+        return emitter.call(
+            torch.ops.aten.full.default, [site.heads], site.sinks, dtype=torch.float32, device=_device(site)
+        )
+    logits = emitter.call(torch.ops.aten.flatten.using_ints, laid_out(emitter, site.sinks), 0, -1)
+    return emitter.call(torch.ops.aten.expand.default, logits, [site.heads])
+
+
+def _device(site: Site) -> torch.device:
+    value = value_of(site.out)
+    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+
+
 def _sizes(emitter: Emitter, mask: Mask) -> list[Any]:
-    return [_size_node(emitter, symbol) for symbol in mask.sizes]
-
-
-def _size_node(emitter: Emitter, symbol: sympy.Symbol) -> Node:
-    """A node that holds the value of a size symbol: a symbolic input, or the size of some input's axis."""
-    for node in emitter.graph.nodes:
-        value = value_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-            return node
-        for axis, size in enumerate(shape_of(node) or ()):
-            if node.op == "placeholder" and isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                return emitter.call(torch.ops.aten.sym_size.int, node, axis)
-    raise ValueError(f"no input of the graph has the size {symbol}")
+    return [size_node(emitter, symbol) for symbol in mask.sizes]
 
 
 def padding_table(mask: Mask) -> Any | None:

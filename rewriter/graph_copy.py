@@ -11,7 +11,7 @@ import torch.fx
 from subquad.capture import Capture
 from subquad.ir.graph import hang
 from subquad.ir.mask import Mask
-from subquad.ir.site import Bias, Operand, Site
+from subquad.ir.site import Operand, ScoreTensor, Site
 
 Node = torch.fx.Node
 
@@ -48,6 +48,9 @@ def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
     def operand(o: Operand) -> Operand:
         return Operand(mapping[o.node], o.axes)
 
+    def over_scores(tensor: Any) -> Any:
+        return replace(tensor, node=mapping[tensor.node]) if isinstance(tensor, ScoreTensor) else tensor
+
     mask = site.mask
     moved = Mask(
         mask.predicate,
@@ -58,7 +61,6 @@ def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
     )
     return replace(
         site, q=operand(site.q), k=operand(site.k), v=operand(site.v), out=mapping[site.out], mask=moved,
-        biases=tuple(Bias(mapping[b.node], b.factor, b.role) for b in site.biases),
-        sinks=None if site.sinks is None else mapping[site.sinks],
+        biases=tuple(over_scores(b) for b in site.biases), gain=over_scores(site.gain), sinks=over_scores(site.sinks),
         absorbed=tuple(mapping[n] for n in site.absorbed),
     )  # fmt: skip

@@ -135,11 +135,12 @@ def _words(site: Site) -> Any:
     sizes = [
         isinstance((shape_of(operand.node) or ())[axis], torch.SymInt)
         for operand in (site.q, site.k)
-        for axis in operand.axes[:2]
-        if axis is not None
+        for group in operand.axes[:2]
+        for axis in group
     ]
     biases = [(bias.role, bias.factor) for bias in site.biases]
-    return sizes, biases, len(site.mask.tables), site.sinks is None, site.phase, site.folded
+    others = site.gain is None, site.sinks is None if not isinstance(site.sinks, float) else site.sinks
+    return sizes, biases, len(site.mask.tables), others, site.phase, site.folded
 
 
 def _joined(owner: str, path: str) -> str:

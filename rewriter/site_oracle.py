@@ -114,10 +114,12 @@ def _real_rows(
         return None
     run = ConcreteRun(copied.graph, original.example, tensors, batch, length, padding)
     valid = run.value(table) != 0
-    axes = site.out_axes
-    if valid.shape[-1] != output.shape[axes[1]]:
+    if any(len(group) != 1 for group in site.out_axes[:2]):
+        return None
+    (batch_axis,), (time_axis,) = site.out_axes[:2]
+    if valid.shape[-1] != output.shape[time_axis]:
         return None
     view = [1] * output.dim()
-    view[axes[0]], view[axes[1]] = valid.shape[0], valid.shape[1]
-    ordered = valid if axes[0] < axes[1] else valid.T
+    view[batch_axis], view[time_axis] = valid.shape[0], valid.shape[1]
+    ordered = valid if batch_axis < time_axis else valid.T
     return ordered.reshape(view).expand_as(output)

@@ -70,6 +70,8 @@ class Lolcats(Rewrite):
             return "the scores have a soft cap, which the window's softmax does not apply."
         if site.biases:
             return "the scores have a bias, which keys outside the window would lose."
+        if site.gain is not None:
+            return "the scores are multiplied by a tensor, which the feature maps do not see."
         if site.sinks is not None:
             return "the softmax has learned sink logits, which a shared denominator would count only for the window."
         if site.dropout > 0:

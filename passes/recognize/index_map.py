@@ -12,6 +12,7 @@ import torch.fx
 from subquad.ir.graph import shape_of, value_of
 from subquad.ir.mask import FloorDiv
 from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.mixed_radix import quotient_and_rest
 from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 
 Node = torch.fx.Node
@@ -29,16 +30,39 @@ def trace_view(start: IndexMap) -> IndexMap | None:
     """One step back through a view; None when the node is no view or the step cannot be expressed."""
     node, indices = start.node, start.indices
     name = kind(node)
-    if name in ("contiguous", "unsqueeze", "squeeze", "expand", "view", "flatten", "unflatten", "transpose", "t", "permute",
-                "slice", "select", "narrow", "getitem", "repeat_interleave"):  # fmt: skip
+    if name in _STEPS:
         a = arguments(node)
         base = a["x"]
+        if name == "getitem" and kind(base) == "unbind":
+            a = {"dim": arguments(base)["dim"], "index": a["index"]}
+            name, base = "select", arguments(base)["x"]
         shape = shape_of(base)
         if shape is None:
             return None
         moved = _STEPS[name](a, indices, shape, shape_of(node) or ())
         return None if moved is None else IndexMap(base, moved)
     return None
+
+
+def viewed(view: Node, base: Node, indices: Indices) -> Indices | None:
+    """One step forward: formulas of the indices of `view`, all of `base` in another layout, from those of `base`.
+
+    None when the node is no such view or repeats, drops or cannot place an element.
+    """
+    here, there = shape_of(view) or (), shape_of(base) or ()
+    name = kind(view)
+    if name in ("view", "flatten", "unflatten"):
+        return _view({}, indices, here, there)
+    marks = tuple(sympy.S.Zero if is_one(size) else sympy.Dummy(f"x{n}") for n, size in enumerate(here))
+    traced = trace_view(IndexMap(view, marks))
+    if traced is None or traced.node is not base:
+        return None
+    known = {mark: index for mark, index in zip(traced.indices, indices, strict=True) if mark.is_Symbol}
+    wide = [mark for mark in marks if mark != 0]
+    kept = [n for n, size in enumerate(there) if not is_one(size)]
+    if len(kept) != len(wide) or any(mark not in known for mark in wide) or len(known) != len(wide):
+        return None
+    return tuple(known.get(mark, sympy.S.Zero) for mark in marks)
 
 
 Indices = tuple[sympy.Basic, ...]
@@ -73,96 +97,70 @@ def _expand(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices |
 
 
 def _view(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
-    """Split both shapes into groups of equal size, then divide each group's flat index.
-
-    Axes of size one are cheap to place, so groups are matched on the sizes that are not one.
-    """
+    """Both shapes hold the same elements in the same order: equal groups of axes share one flat index."""
     result: list[sympy.Basic] = [sympy.S.Zero] * len(base)
-    left = [n for n, s in enumerate(base) if not is_one(s)]
-    right = [n for n, s in enumerate(out) if not is_one(s)]
-    while left or right:
-        if not left or not right:
-            return None
-        group_l, group_r = [left.pop(0)], [right.pop(0)]
-        size_l, size_r = size_of(base[group_l[0]]), size_of(out[group_r[0]])
-        while sympy.expand(size_l - size_r) != 0:
-            if _divides(size_l, size_r) and left:
-                group_l.append(left.pop(0))
-                size_l = size_l * size_of(base[group_l[-1]])
-            elif _divides(size_r, size_l) and right:
-                group_r.append(right.pop(0))
-                size_r = size_r * size_of(out[group_r[-1]])
-            else:
-                return None
-        if len(group_l) == len(group_r) == 1:
-            result[group_l[0]] = i[group_r[0]]
+    for left, right in _groups(base, out):
+        if not left:
             continue
-        flat: sympy.Basic = sympy.S.Zero
-        for n in group_r:
-            flat = flat * size_of(out[n]) + i[n]
-        _divide(flat, group_l, base, [(i[n], size_of(out[n])) for n in group_r], result)
+        if len(left) == len(right) == 1:
+            result[left[0]] = i[right[0]]
+            continue
+        digits = {n: sympy.Dummy(f"x{n}", integer=True, nonnegative=True) for n in right}
+        sizes = {digits[n]: size_of(out[n]) for n in right}
+        rest: sympy.Basic = sympy.S.Zero
+        for n in right:
+            rest = rest * size_of(out[n]) + digits[n]
+        back = {digits[n]: i[n] for n in right}
+        for n in reversed(left[1:]):
+            rest, inner = quotient_and_rest(rest, size_of(base[n]), sizes)
+            result[n] = inner.xreplace(back)
+        result[left[0]] = rest.xreplace(back)
     return tuple(result)
 
 
-def _divides(small: sympy.Basic, large: sympy.Basic) -> bool:
-    quotient = sympy.simplify(large / small)
-    return bool(quotient.is_integer) and quotient != 1 if quotient.is_number else not (small / large).is_integer
+def _groups(base: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
+    """Axes of two layouts of the same elements, split into groups of equal product.
+
+    Axes of size one hold no index and are left out.  What cannot be split, because sizes cannot be compared, is one group
+    between the equal axes at both ends.
+    """
+    left = [n for n, size in enumerate(base) if not is_one(size)]
+    right = [n for n, size in enumerate(out) if not is_one(size)]
+    first, last = [], []
+    while left and right and _equal(base[left[0]], out[right[0]]):
+        first.append(([left.pop(0)], [right.pop(0)]))
+    while left and right and _equal(base[left[-1]], out[right[-1]]):
+        last.insert(0, ([left.pop()], [right.pop()]))
+    return [*first, *_middle(left, right, base, out), *last]
 
 
-def _divide(
-    flat: sympy.Basic,
-    group: list[int],
-    base: Shape,
-    parts: list[tuple[sympy.Basic, sympy.Basic]],
-    result: list[sympy.Basic],
-) -> None:
-    """Write flat index → indices of `group`, using the ranges of the parts to drop divisions that do nothing."""
-    trailing: sympy.Basic = sympy.S.One
-    for n in reversed(group):
-        size = size_of(base[n])
-        high = _floordiv_parts(parts, trailing)
-        result[n] = _mod_parts(high, size) if n != group[0] else _flat(high)
-        trailing = trailing * size
+def _middle(left: list[int], right: list[int], base: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
+    """The shortest leading axes with equal products form a group, and so on."""
+    groups: list[tuple[list[int], list[int]]] = []
+    begun, taken = 0, 0
+    while begun < len(left) and taken < len(right):
+        pairs = [(n, m) for n in range(begun + 1, len(left) + 1) for m in range(taken + 1, len(right) + 1)]
+        ends = next(
+            (
+                (n, m)
+                for n, m in sorted(pairs, key=sum)
+                if _product(base, left[begun:n]) == _product(out, right[taken:m])
+            ),
+            (len(left), len(right)),
+        )
+        groups.append((left[begun : ends[0]], right[taken : ends[1]]))
+        begun, taken = ends
+    if begun < len(left) or taken < len(right):
+        return [(left, right)]
+    return groups
 
 
-def _flat(parts: list[tuple[sympy.Basic, sympy.Basic]]) -> sympy.Basic:
-    total: sympy.Basic = sympy.S.Zero
-    for index, size in parts:
-        total = total * size + index
-    return total
+def _equal(a: Any, b: Any) -> bool:
+    return bool(sympy.expand(size_of(a) - size_of(b)) == 0)
 
 
-def _floordiv_parts(
-    parts: list[tuple[sympy.Basic, sympy.Basic]], divisor: sympy.Basic
-) -> list[tuple[sympy.Basic, sympy.Basic]]:
-    """Mixed-radix number divided by `divisor`: whole low digits are dropped, a partly divided digit is split."""
-    rest = list(parts)
-    left = divisor
-    while rest and left != 1:
-        index, size = rest.pop()
-        ratio = sympy.simplify(left / size)
-        if ratio.is_integer:
-            left = ratio
-            continue
-        rest.append((FloorDiv(index, left), sympy.simplify(size / left)))
-        left = sympy.S.One
-    return rest
-
-
-def _mod_parts(parts: list[tuple[sympy.Basic, sympy.Basic]], modulus: sympy.Basic) -> sympy.Basic:
-    kept: list[tuple[sympy.Basic, sympy.Basic]] = []
-    covered: sympy.Basic = sympy.S.One
-    for index, size in reversed(parts):
-        if sympy.simplify(covered - modulus) == 0:
-            break
-        wider = covered * size
-        if sympy.simplify(modulus / wider).is_integer:
-            kept.append((index, size))
-            covered = wider
-            continue
-        kept.append((sympy.Mod(index, sympy.simplify(modulus / covered)), size))
-        covered = modulus
-    return _flat(list(reversed(kept)))
+def _product(shape: Shape, places: list[int]) -> sympy.Basic:
+    return sympy.expand(sympy.prod(size_of(shape[n]) for n in places))
 
 
 def _flatten(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
@@ -253,6 +251,27 @@ def _repeat_interleave(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -
     return (*i[:dim], FloorDiv(i[dim], _integer(a["repeats"])), *i[dim + 1 :])
 
 
+def _movedim(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
+    source, destination = (
+        [d % len(i) for d in (dims if isinstance(dims, list | tuple) else [dims])]
+        for dims in (a["source"], a["destination"])
+    )
+    rest = iter(n for n in range(len(i)) if n not in source)
+    from_place = dict(zip(destination, source, strict=True))
+    order = [from_place[n] if n in from_place else next(rest) for n in range(len(i))]
+    return _permute({"dims": order}, i, base, out)
+
+
+def _repeat(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
+    offset = len(out) - len(base)
+    kept = []
+    for n, size in enumerate(base):
+        before, after = size_of(size), size_of(out[n + offset])
+        same = sympy.expand(before - after) == 0
+        kept.append(i[n + offset] if same else sympy.S.Zero if is_one(size) else sympy.Mod(i[n + offset], before))
+    return tuple(kept)
+
+
 _STEPS = {
     "contiguous": lambda a, i, base, out: i,
     "unsqueeze": _unsqueeze,
@@ -264,6 +283,8 @@ _STEPS = {
     "transpose": _transpose,
     "t": _t,
     "permute": _permute,
+    "movedim": _movedim,
+    "repeat": _repeat,
     "slice": _slice,
     "select": _select,
     "narrow": _narrow,

@@ -10,11 +10,14 @@ import torch.fx
 
 from subquad.ir.graph import shape_of
 from subquad.ir.mask import Mask
+from subquad.ir.site import View
 from subquad.ir.vocabulary import arguments, kind
 from subquad.kernels.expression import evaluate
 from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
+from subquad.passes.recognize.frame import digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
-from subquad.passes.recognize.score_chain import NotAttention, Scores
+from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.score_chain import ScoreReader, Scores
 
 Node = torch.fx.Node
 SIZES = ((2, 7), (3, 12))
@@ -34,19 +37,19 @@ class MaskCheck:
         self.module, self.examples, self.algebra = module, examples, algebra
         self._done: dict[tuple[Any, ...], str] = {}
 
-    def compare(self, mask: Mask, scores: Scores, anchor: Node) -> str:
+    def compare(self, mask: Mask, scores: Scores, anchor: Node, reader: ScoreReader) -> str:
         """The sentence of evidence; raises NotAttention when predicate and tensor differ anywhere."""
-        key = (mask.predicate, scores.mask_nodes, kind(anchor))
+        key = (mask.predicate, tuple(m.source for m in scores.masks), kind(anchor))
         if key not in self._done:
-            self._done[key] = self._compare(mask, scores, anchor)
+            self._done[key] = self._compare(mask, scores, anchor, reader)
         return self._done[key]
 
-    def _compare(self, mask: Mask, scores: Scores, anchor: Node) -> str:
+    def _compare(self, mask: Mask, scores: Scores, anchor: Node, reader: ScoreReader) -> str:
         tried = 0
         for batch, length in SIZES:
             for padding in PADDINGS if mask.tables else PADDINGS[:1]:
                 try:
-                    run = _Run(self, batch, length, padding, scores, anchor)
+                    run = _Run(self, batch, length, padding, scores, anchor, reader)
                     seen = run.visible()
                 except NotAttention:
                     raise
@@ -78,26 +81,51 @@ class MaskCheck:
 class _Run(ConcreteRun):
     """One concrete evaluation of the nodes a mask depends on."""
 
-    def __init__(self, check: MaskCheck, batch: int, length: int, padding: str, scores: Scores, anchor: Node) -> None:
+    def __init__(
+        self, check: MaskCheck, batch: int, length: int, padding: str, scores: Scores, anchor: Node, reader: ScoreReader
+    ) -> None:
         super().__init__(check.module, check.examples, check.algebra.tensors, batch, length, padding)
-        self.scores, self.anchor = scores, anchor
+        self.scores, self.anchor, self.reader = scores, anchor, reader
 
     def visible(self) -> torch.Tensor:
-        """The boolean [B, H, Tq, Tk] of seen keys, by running the graph's own mask operations."""
+        """The boolean [B|1, H|1, Tq, Tk] of seen keys, by running the graph's own mask operations."""
+        frame = self.reader.frame
         if kind(self.anchor) == "sdpa":
-            return self._sdpa_visible()
-        product = shape_of(self.scores.product) or ()
-        self.known[self.scores.product] = torch.zeros([self.size(s) for s in product], dtype=torch.float64)
-        seen = self.value(arguments(self.anchor)["x"]) > LOWEST
-        return seen if seen.dim() == 4 else seen.unsqueeze(1)
+            seen, place = self._sdpa_visible(), digits(frame.shape)
+        else:
+            product = shape_of(self.scores.product) or ()
+            self.known[self.scores.product] = torch.zeros([self.size(s) for s in product], dtype=torch.float64)
+            met_at = self.scores.masks[-1].met_at
+            place = self.reader.places[met_at]
+            along = next(n for n, index in enumerate(place) if digit(frame.key) in index.free_symbols)
+            first = int(place[along] - digit(frame.key))
+            seen = (self.value(met_at) > LOWEST).narrow(along, first, self.size(frame.shape[frame.key]))
+            place = tuple(digit(frame.key) if n == along else index for n, index in enumerate(place))
+        views = frame.views([2 if index != 0 else 1 for index in place], len(place), place)
+        if views is None:
+            raise ValueError("the scores have no canonical layout")
+        return self._laid_out(seen, views)
+
+    def _laid_out(self, tensor: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
+        for view in views:
+            arguments_ = [
+                [self.size(s) for s in value] if view.name == "unflatten" and isinstance(value, tuple) else value
+                for value in view.arguments
+            ]
+            if view.name == "expand":
+                sizes = [-1] * tensor.dim()
+                sizes[arguments_[0]] = self.size(arguments_[1])
+                tensor = tensor.expand(sizes)
+            else:
+                tensor = getattr(tensor, view.name)(*arguments_)
+        return tensor
 
     def _sdpa_visible(self) -> torch.Tensor:
         a = arguments(self.anchor)
-        q, k = shape_of(a["q"]) or (), shape_of(a["k"]) or ()
-        seen = torch.ones([*(self.size(s) for s in q[:-1]), self.size(k[-2])], dtype=torch.bool)
+        seen = torch.ones([self.size(s) for s in self.reader.frame.shape], dtype=torch.bool)
         if a["is_causal"]:
             seen = seen.tril()
         if a["mask"] is not None:
             mask = self.value(a["mask"])
             seen = seen & (mask if mask.dtype == torch.bool else mask > LOWEST)
-        return seen if seen.dim() == 4 else seen.unsqueeze(1)
+        return seen

@@ -1,117 +1,130 @@
-"""Read a batched product, written as matmul or einsum, by the roles of its axes: batch, head, time, dim."""
+"""Read a batched product, written as matmul, bmm, baddbmm or einsum: which axes are shared, kept and summed over."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch.fx
 
-from subquad.ir.mask import B, H
-from subquad.ir.site import CanonicalAxes
+from subquad.ir.graph import rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.symbolic_tensor import is_one
 
 Node = torch.fx.Node
-TIME, DIM = sympy.symbols("time dim", integer=True, nonnegative=True)
-Axes = tuple[sympy.Symbol | None, ...]
+Indices = tuple[sympy.Basic, ...]
+PRODUCTS = frozenset(["matmul", "einsum", "baddbmm"])
 
 
 @dataclass(frozen=True)
 class Product:
-    """left × right with one letter per axis, as in einsum; shared batch letters, one contracted letter."""
+    """alpha · left × right + beta · addend, with one label per axis as in einsum.
+
+    Labels of size-one axes that are broadcast are kept: a shared label may have size one on either side.
+    """
 
     left: Node
     right: Node
-    left_letters: str
-    right_letters: str
-    out_letters: str
+    left_labels: str
+    right_labels: str
+    out_labels: str
+    alpha: float = 1.0
+    addend: Node | None = None
+    beta: float = 0.0
 
     @property
     def contracted(self) -> str:
-        """The letter summed over."""
-        return next(c for c in self.left_letters if c in self.right_letters and c not in self.out_letters)
+        """The label summed over."""
+        return next(c for c in self.left_labels if c in self.right_labels and c not in self.out_labels)
 
     @property
-    def weights_values(self) -> bool:
-        """True when the contraction runs over the left's last axis: probabilities times values."""
-        return self.left_letters[-1] == self.contracted
+    def kept_left(self) -> str:
+        """The labels of the output that only the left operand has."""
+        return "".join(c for c in self.out_labels if c not in self.right_labels)
 
     @property
-    def axes_of_left(self) -> Axes:
-        """Roles of the left axes when the product gives scores: out letters are (b, h, q, k)."""
-        return tuple(self._scores_role(c, query=True) for c in self.left_letters)
+    def kept_right(self) -> str:
+        """The labels of the output that only the right operand has."""
+        return "".join(c for c in self.out_labels if c not in self.left_labels)
 
-    @property
-    def axes_of_right(self) -> Axes:
-        """Roles of the right axes when the product gives scores."""
-        return tuple(self._scores_role(c, query=False) for c in self.right_letters)
+    def swapped(self) -> Product:
+        """The same product with its operands exchanged."""
+        return Product(
+            self.right, self.left, self.right_labels, self.left_labels, self.out_labels,
+            self.alpha, self.addend, self.beta,
+        )  # fmt: skip
 
-    def _scores_role(self, letter: str, query: bool) -> sympy.Symbol | None:
-        out = self.out_letters
-        if letter == self.contracted:
-            return DIM
-        if letter == (out[-2] if query else out[-1]):
-            return TIME
-        return _batch_role(letter, out)
-
-    @property
-    def values_axes(self) -> Axes:
-        """Roles of the right axes when the left is probabilities (b, h, q, k)."""
-        return tuple(
-            TIME if c == self.contracted else _batch_role(c, self.left_letters) if c in self.left_letters else DIM
-            for c in self.right_letters
-        )
-
-    def output_axes(self, rank: int) -> CanonicalAxes:
-        """For canonical (batch, time, head, dim), the output axis that holds it."""
-        dim = next(c for c in self.out_letters if c not in self.left_letters)
-        place = self.out_letters.index
-        head = place(self.left_letters[1]) if rank == 4 else None
-        return place(self.left_letters[0]), place(self.left_letters[-2]), head, place(dim)
+    def indices(self, side: Node, labels: str, out: Indices, contracted: sympy.Basic) -> Indices:
+        """Formulas of an operand's indices from those of the output; zero where the operand is broadcast."""
+        known = dict(zip(self.out_labels, out, strict=True)) | {self.contracted: contracted}
+        shape = shape_of(side) or ()
+        return tuple(sympy.S.Zero if is_one(size) else known[c] for size, c in zip(shape, labels, strict=True))
 
 
-def _batch_role(letter: str, order: str) -> sympy.Symbol | None:
-    place = order.index(letter)
-    if place == 0:
-        return B
-    return H if place == 1 and len(order) == 4 else None
+_LETTERS = "abcdefgh"
 
 
 def read_product(node: Node) -> Product | None:
-    """The product that a matmul, bmm or two-operand einsum computes; None for anything else."""
+    """The product of two tensors that a node computes; None for anything else."""
     name = kind(node)
-    if name == "matmul":
-        a = arguments(node)
-        value = node.meta.get("val", node.meta.get("example_value"))
-        batch = {3: "b", 4: "bh"}.get(value.dim() if value is not None else 0)
-        if batch is None or not isinstance(a["a"], Node) or not isinstance(a["b"], Node):
-            return None
-        if any(_rank(x) != len(batch) + 2 for x in (a["a"], a["b"])):
-            return None
-        return Product(a["a"], a["b"], batch + "mk", batch + "kn", batch + "mn")
+    if name not in PRODUCTS:
+        return None
+    a = arguments(node)
     if name == "einsum":
-        a = arguments(node)
         return _einsum(str(a["equation"]).replace(" ", ""), a["operands"])
-    return None
+    left, right = (a["left"], a["right"]) if name == "baddbmm" else (a["a"], a["b"])
+    ranks = rank_of(left), rank_of(right)
+    if ranks[0] is None or ranks[1] is None or min(ranks) < 2:
+        return None
+    batch = _LETTERS[: max(ranks) - 2]
+    labels = tuple(batch[len(batch) - (rank - 2) :] for rank in ranks)
+    product = Product(left, right, labels[0] + "mk", labels[1] + "kn", batch + "mn")
+    if name == "matmul":
+        return product
+    if not all(isinstance(a[key], int | float) for key in ("alpha", "beta")):
+        return None
+    addend = a["addend"] if a["beta"] != 0 else None
+    return Product(
+        left, right, product.left_labels, product.right_labels, product.out_labels, float(a["alpha"]), addend,
+        float(a["beta"]),
+    )  # fmt: skip
 
 
-def _rank(node: Node) -> int:
-    value = node.meta.get("val", node.meta.get("example_value"))
-    return int(value.dim()) if value is not None else 0
-
-
-def _einsum(equation: str, operands: list[Node]) -> Product | None:
+def _einsum(equation: str, operands: list[Any]) -> Product | None:
     inputs, arrow, out = equation.partition("->")
     terms = inputs.split(",")
-    if not arrow or len(terms) != 2 or len(operands) != 2 or "." in equation:
+    if len(terms) != 2 or len(operands) != 2 or not all(isinstance(x, Node) for x in operands):
         return None
-    for order in ((0, 1), (1, 0)):
-        left, right = terms[order[0]], terms[order[1]]
-        shared = [c for c in left if c in right]
-        contracted = [c for c in shared if c not in out]
-        free = [c for c in out if c not in shared]
-        if len(contracted) != 1 or len(free) != 2 or len(set(left)) != len(left) or len(out) not in (3, 4):
+    if "." in equation:
+        spread = _spread(terms, operands)
+        if spread is None:
             return None
-        if free[0] in left and len(left) == len(right) == len(out):
-            return Product(operands[order[0]], operands[order[1]], left, right, out)
-    return None
+        terms, ellipsis = spread
+        out = out.replace("...", ellipsis)
+    if not arrow:
+        joined = "".join(terms)
+        out = (ellipsis if "." in equation else "") + "".join(
+            sorted(c for c in set(joined) if joined.count(c) == 1 and c.isalpha())
+        )
+    left, right = terms
+    contracted = [c for c in left if c in right and c not in out]
+    single = [c for c in left + right if c not in out and c not in contracted]
+    if len(contracted) != 1 or single or any(len(set(t)) != len(t) for t in (left, right, out)):
+        return None
+    product = Product(operands[0], operands[1], left, right, out)
+    kept = [[c for c in out if c not in other] for other in (left, right)]
+    return product if all(kept) else None
+
+
+def _spread(terms: list[str], operands: list[Any]) -> tuple[list[str], str] | None:
+    """Replace `...` by digits, aligned at the right."""
+    widths = [
+        (rank_of(node) or 0) - len(term.replace("...", "")) if "..." in term else 0
+        for term, node in zip(terms, operands, strict=True)
+    ]
+    widest = max(widths)
+    if widest > 9 or min(widths) < 0:
+        return None
+    letters = "0123456789"[:widest]
+    return [t.replace("...", letters[widest - w :]) for t, w in zip(terms, widths, strict=True)], letters

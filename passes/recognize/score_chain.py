@@ -1,188 +1,334 @@
-"""Read the operations between a softmax and its score product: scale, softcap, biases, masks."""
+"""Interpret the operations between a score product and its softmax: scale, gain, softcap, biases, masks, sinks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 import torch
 import torch.fx
 
-from subquad.ir.graph import rank_of, shape_of, value_of
-from subquad.ir.mask import KV, B, H, Q
-from subquad.ir.site import Bias
+from subquad.ir.graph import shape_of, value_of
+from subquad.ir.site import Bias, Gain, ScoreTensor
 from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.chain import VIEWS, Chain, Indices
+from subquad.passes.recognize.frame import Frame, digit
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
-from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_hard, visible
+from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_hard, is_one, size_of, visible
 
 Node = torch.fx.Node
+DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; call eval()"
 
 
-class NotAttention(Exception):
-    """Raised inside the interpreter with the sentence that becomes a refusal's reason, and the node it is about."""
+@dataclass(frozen=True)
+class MaskSource:
+    """One mask that met the scores: what it lets through, the tensor it is, the node where they met.
 
-    def __init__(self, reason: str, node: Node) -> None:
-        super().__init__(reason)
-        self.reason, self.node = reason, node
+    source: None for a mask that no tensor holds (is_causal).  role: of the tensor, as in Bias.
+    """
+
+    predicate: sympy.Basic
+    source: Node | None
+    met_at: Node
+    role: str
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores as read so far: softcap(scale·q·k) + biases, seen where `predicate` holds.
+    """The scores as read so far: softcap(gain·scale·q·k) + biases, seen where all `masks` let them be.
 
-    product: the matmul.  infinite: every hidden key was filled with -inf (then a row without keys is NaN).
-    passed: interior nodes.  words: what was read, from the product to the softmax.
+    infinite: every hidden key was filled with -inf (then a row without keys is NaN).  sinks: a further logit per row.
+    first_key: where the keys begin on the softmax's axis.  passed: interior nodes.  words: what was read, from the product
+    to the softmax.
     """
 
     product: Node
     scale: float = 1.0
+    gain: Gain | None = None
     softcap: float | None = None
     biases: tuple[Bias, ...] = ()
-    predicate: sympy.Basic = sympy.true
+    masks: tuple[MaskSource, ...] = ()
     infinite: bool = True
+    sinks: ScoreTensor | float | None = None
+    first_key: sympy.Basic = sympy.S.Zero
     passed: tuple[Node, ...] = ()
     words: tuple[str, ...] = ()
-    mask_nodes: tuple[Node, ...] = ()
+
+    @property
+    def predicate(self) -> sympy.Basic:
+        """The condition, in b, h, q and kv, under which a key is seen."""
+        return sympy.And(*(mask.predicate for mask in self.masks))
 
     def after(self, node: Node, word: str, **changes: Any) -> Scores:
         """The same scores one operation later."""
         return replace(self, passed=(*self.passed, node), words=(*self.words, word), **changes)
 
-
-def canonical(expression: sympy.Basic, rank: int) -> sympy.Basic:
-    """Rename a score tensor's axes to b, h, q, kv: rank 4 has all, rank 3 no heads, rank 2 only q and kv."""
-    names = {4: (B, H, Q, KV), 3: (B, Q, KV), 2: (Q, KV)}[rank]
-    return expression.xreplace({axis(n): name for n, name in enumerate(names)})
-
-
-_CHAIN = frozenset(
-    [
-        "mul",
-        "div",
-        "add",
-        "sub",
-        "tanh",
-        "where",
-        "masked_fill",
-        "maximum",
-        "cast",
-        "contiguous",
-        "dropout",
-        "view",
-        "rsub",
-        "neg",
-    ]
-)
+    @property
+    def is_bare(self) -> bool:
+        """True while nothing but a scale was applied."""
+        return not self.biases and self.predicate == sympy.true and self.softcap is None and self.sinks is None
 
 
-def read_scores(node: Any, algebra: MaskAlgebra) -> Scores:
-    """Interpret the value a softmax is taken of; raises NotAttention with the reason when it is not scores."""
-    if not isinstance(node, Node):
-        raise NotAttention("the softmax is taken of a constant", node)
-    path = _path_to_product(node)
-    scores = Scores(path[-1], passed=(path[-1],), words=("matmul",))
-    for before, here in zip(reversed(path[1:]), reversed(path[:-1]), strict=True):
-        scores = _step(scores, here, before, algebra)
-    return scores
+def read_scores(chain: Chain, algebra: MaskAlgebra) -> Scores:
+    """Interpret a chain; raises NotAttention with the reason when a step of it is not understood."""
+    return ScoreReader(chain.frame, chain.places, algebra).read(chain)
 
 
-def _path_to_product(start: Node) -> list[Node]:
-    """The chain of nodes from the softmax's input up to the score product, found by walking the score operand."""
-    frontier: list[list[Node]] = [[start]]
-    nearest: Node = start
-    seen = {start}
-    while frontier:
-        path = frontier.pop(0)
-        here = path[-1]
-        if kind(here) in ("matmul", "einsum") and (rank_of(here) or 0) >= 3:
-            return path
-        if kind(here) not in _CHAIN:
-            nearest = here
-            continue
-        for operand in _score_operands(here):
-            if operand not in seen:
-                seen.add(operand)
-                frontier.append([*path, operand])
-    raise NotAttention(_why_no_product(nearest), nearest)
+@dataclass(frozen=True)
+class ScoreReader:
+    """Reads one operation after the other, each tensor that meets the scores laid out in their frame.
 
+    shapes: of the scores at a node whose recorded shape is not theirs (an SDPA call).
+    """
 
-def _why_no_product(node: Node) -> str:
-    while kind(node) in ("transpose", "permute", "t", "squeeze", "unsqueeze", "slice", "view") and isinstance(
-        node.args[0], Node
-    ):
-        node = node.args[0]
-    name = kind(node)
-    if name == "linear" or (name == "matmul" and ((rank_of(node) or 0) < 3 or is_weight(arguments(node)["b"]))):
-        return PROJECTION
-    what = name or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
-    return f"no product of queries and keys feeds the softmax: the walk up ended at `{what}`"
+    frame: Frame
+    places: dict[Node, Indices]
+    algebra: MaskAlgebra
+    shapes: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
 
+    def read(self, chain: Chain) -> Scores:
+        """The scores after the whole chain."""
+        first = chain.nodes[0]
+        scores = Scores(first, scale=chain.product.alpha, passed=(first,), words=(kind(first),))
+        if chain.product.addend is not None:
+            scores = self._plus(scores, first, chain.product.addend, chain.product.beta)
+        for before, node in zip(chain.nodes, chain.nodes[1:], strict=False):
+            scores = self._step(scores, node, before)
+        return scores
 
-PROJECTION = (
-    "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
-    "a router, pooling or classifier, which no attention rewrite applies to"
-)
+    def _step(self, scores: Scores, node: Node, before: Node) -> Scores:
+        name = kind(node)
+        a = arguments(node)
+        if name == "cast" or name in VIEWS:
+            return scores.after(node, name)
+        if name == "dropout":
+            if a["p"] > 0 and a["train"]:
+                raise NotAttention(DROPOUT, node, "dropout")
+            return scores.after(node, "dropout(0)")
+        if name == "tanh":
+            if not scores.is_bare:
+                raise NotAttention("a tanh after a mask, a bias or another tanh is not a softcap", node)
+            return scores.after(node, "tanh", softcap=1.0)
+        if name == "neg":
+            return self._times(scores, node, -1.0, "neg")
+        if name in ("mul", "div"):
+            return self._scaled(scores, node, before, a)
+        if name in ("add", "sub"):
+            return self._added(scores, node, before, a)
+        if name in ("where", "masked_fill"):
+            return self._filled(scores, node, before, a)
+        if name in ("maximum", "clamp"):
+            return self._clamped(scores, node, before, a)
+        if name == "cat":
+            return self._joined(scores, node, before, a)
+        raise NotAttention(f"`{name or node.target}` between the scores and the softmax is not understood", node)
 
+    def require_independent(self, value: Any, node: Node) -> None:
+        """Refuse a tensor that is computed from the scores it meets: they would have to exist to compute it."""
+        stack, seen = [value], set[Node]()
+        while stack:
+            here = stack.pop()
+            if not isinstance(here, Node) or here in seen or here < self.first:
+                continue
+            if here in self.places:
+                raise NotAttention("the scores meet a tensor that is computed from them", node, "depends-on-scores")
+            seen.add(here)
+            stack.extend(here.all_input_nodes)
 
-def is_weight(value: Any) -> bool:
-    """True for a parameter, possibly behind views: the second factor of a projection."""
-    while isinstance(value, Node) and kind(value) in _WEIGHT_VIEWS:
-        value = arguments(value)["x"]
-    return isinstance(value, Node) and value.op == "get_attr"
+    def element(self, value: Any, node: Node) -> sympy.Basic:
+        """The formula, in the indices of `node`, of an argument that is broadcast to it."""
+        self.require_independent(value, node)
+        if isinstance(value, Node) and shape_of(value) is not None:
+            self.algebra.formula(value)
+        return self.algebra.element(value, self.shapes.get(node) or shape_of(node) or ())
 
+    def in_frame(self, formula: sympy.Basic, node: Node) -> sympy.Basic:
+        """A formula of the indices of `node` as one of b, h, q and kv."""
+        return self.frame.canonical(formula.xreplace({axis(n): at for n, at in enumerate(self.places[node])}))
 
-_WEIGHT_VIEWS = frozenset(["t", "transpose", "permute", "view", "contiguous", "cast", "unsqueeze", "expand"])
+    def over_scores(self, value: Node, node: Node) -> ScoreTensor:
+        """A tensor that is broadcast to `node`, laid out over the scores."""
+        self.require_independent(value, node)
+        views = self.frame.views(shape_of(value) or (), len(self.places[node]), self.places[node])
+        if views is None:
+            raise NotAttention("a tensor meets the scores in a layout that is not understood", node)
+        return ScoreTensor(value, views)
 
+    @property
+    def first(self) -> Node:
+        """The node that makes the scores."""
+        return next(iter(self.places))
 
-def _score_operands(node: Node) -> list[Node]:
-    a = arguments(node)
-    names = {"where": ("a", "b"), "masked_fill": ("x",)}.get(kind(node), ("x", "a", "b"))
-    rank = rank_of(node)
-    shape = shape_of(node) or ()
-    found: list[Node] = []
-    for name in names:
-        value = a.get(name)
-        other = shape_of(value)
-        if isinstance(value, Node) and other is not None and (rank_of(value) == rank or kind(node) == "view"):
-            same = len(other) == len(shape) and all(str(x) == str(y) for x, y in zip(other, shape, strict=True))
-            found.insert(0 if same else len(found), value)
-    return found
+    def number(self, value: Any) -> float | None:
+        """A scalar argument's number: a Python number, or a tensor whose formula is one; None when it is neither."""
+        return constant_of(value, self.algebra)
 
+    def _times(self, scores: Scores, node: Node, factor: float, word: str) -> Scores:
+        if factor == 0:
+            raise NotAttention("the scores are multiplied or divided by zero", node)
+        if (scores.predicate != sympy.true or scores.softcap is not None) and factor <= 0:
+            raise NotAttention("masked or capped scores are multiplied by a number that is not positive", node)
+        if scores.sinks is not None:
+            raise NotAttention("the scores are scaled after a sink logit was appended", node)
+        return scores.after(
+            node, word, scale=scores.scale * factor,
+            softcap=None if scores.softcap is None else scores.softcap * factor,
+            biases=tuple(replace(b, factor=b.factor * factor) for b in scores.biases),
+        )  # fmt: skip
 
-def _step(scores: Scores, node: Node, before: Node, algebra: MaskAlgebra) -> Scores:
-    name = kind(node)
-    a = arguments(node)
-    if name in ("cast", "contiguous"):
-        return scores.after(node, name)
-    if name == "view":
-        if rank_of(node) != rank_of(before):
-            raise NotAttention("the scores change their rank between the product and the softmax", node)
-        return scores.after(node, name)
-    if name == "dropout":
-        if a["p"] > 0 and a["train"]:
-            raise NotAttention("dropout on the scores in training mode cannot be kept by a rewrite; call eval()", node)
-        return scores.after(node, "dropout(0)")
-    if name == "tanh":
-        if scores.biases or scores.predicate != sympy.true or scores.softcap is not None:
-            raise NotAttention("a tanh after a mask, a bias or another tanh is not a softcap", node)
-        return scores.after(node, "tanh", softcap=1.0)
-    if name in ("mul", "div"):
-        return _scaled(scores, node, before, a, algebra)
-    if name in ("add", "sub"):
-        return _added(scores, node, before, a, algebra)
-    if name in ("where", "masked_fill"):
-        return _filled(scores, node, before, a, algebra)
-    if name == "maximum":
+    def _scaled(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
+        divided = kind(node) == "div"
+        if divided and (a["a"] is not before or a.get("rounding_mode") is not None):
+            raise NotAttention("the scores are a divisor", node)
         other = a["b"] if a["a"] is before else a["a"]
-        if is_hard(algebra.element(other, shape_of(node) or ())) or _is_hard_constant(other, algebra):
-            return scores.after(node, "clamp")
-        raise NotAttention("the scores are clamped from below by a value that a score can reach", node)
-    raise NotAttention(f"`{name or node.target}` between the scores and the softmax is not understood", node)
+        factor = self.number(other)
+        if factor is None:
+            return self._gained(scores, node, other, divided)
+        if factor == 0:
+            raise NotAttention("the scores are multiplied or divided by zero", node)
+        return self._times(scores, node, 1 / factor if divided else factor, kind(node))
+
+    def _gained(self, scores: Scores, node: Node, other: Any, divided: bool) -> Scores:
+        if not isinstance(other, Node) or shape_of(other) is None:
+            raise NotAttention(f"the scores are multiplied by {other}", node)
+        if scores.gain is not None or not scores.is_bare:
+            raise NotAttention("masked, capped or biased scores are multiplied by a tensor, not by one number", node)
+        if self._varies_with_key(other, node):
+            raise NotAttention("the scores are multiplied by a tensor that differs from key to key", node)
+        tensor = self.over_scores(other, node)
+        return scores.after(node, f"{kind(node)} by a tensor", gain=Gain(tensor.node, tensor.views, divided))
+
+    def _varies_with_key(self, value: Node, node: Node) -> bool:
+        shape, place = shape_of(value) or (), self.places[node]
+        offset = len(place) - len(shape)
+        return any(
+            not is_one(size) and digit(self.frame.key) in place[n + offset].free_symbols for n, size in enumerate(shape)
+        )
+
+    def _added(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
+        negative = kind(node) == "sub"
+        if negative and a["a"] is not before:
+            raise NotAttention("the scores are subtracted from something", node)
+        other = a["b"] if a["a"] is before else a["a"]
+        if negative and isinstance(other, Node) and is_row_maximum(other, before, self.frame, self.places):
+            return scores.after(node, "minus the row's maximum")
+        return self._plus(scores, node, other, (-1.0 if negative else 1.0) * float(a.get("alpha", 1)))
+
+    def _plus(self, scores: Scores, node: Node, other: Any, factor: float) -> Scores:
+        number = self.number(other)
+        if number is not None and abs(number) < 1e30:
+            if scores.sinks is not None:
+                raise NotAttention("a number is added to the scores after a sink logit was appended", node)
+            return scores.after(node, "shift")
+        if not isinstance(other, Node):
+            raise NotAttention(f"{other} is added to the scores", node)
+        read = visible(self.element(other, node)) if factor > 0 else None
+        if read is None:
+            if scores.sinks is not None:
+                raise NotAttention("a bias is added to the scores after a sink logit was appended", node)
+            tensor = self.over_scores(other, node)
+            return scores.after(node, "bias", biases=(*scores.biases, Bias(tensor.node, tensor.views, factor)))
+        return self._masked(scores, node, "mask", read[0], read[1], other, "low")
+
+    def _filled(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
+        if kind(node) == "masked_fill":
+            condition, fill, hidden_when = a["mask"], a["value"], True
+        else:
+            condition, fill, hidden_when = a["cond"], a["b"], False
+            if a["b"] is before:
+                fill, hidden_when = a["a"], True
+        value = self.number(fill)
+        if value is None or value > -1e9:
+            what = "a tensor" if value is None else value
+            raise NotAttention(
+                f"hidden scores are filled with {what}, which is not low enough to hide a key", node, "soft-fill"
+            )
+        seen = as_condition(self.element(condition, node))
+        if hidden_when:
+            seen = sympy.Not(seen)
+        role = "hide" if hidden_when else "keep"
+        return self._masked(scores, node, "fill", seen, value == float("-inf"), condition, role)
+
+    def _masked(
+        self, scores: Scores, node: Node, word: str, seen: sympy.Basic, infinite: bool, source: Node, role: str
+    ) -> Scores:
+        read = MaskSource(self.in_frame(seen, node), source, node, role)
+        return scores.after(node, word, masks=(*scores.masks, read), infinite=scores.infinite and infinite)
+
+    def _clamped(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
+        if kind(node) == "clamp":
+            low, high = self.number(a["min"]), a["max"]
+            if high is None and low is not None and low <= -1e30:
+                return scores.after(node, "clamp")
+        else:
+            other = a["b"] if a["a"] is before else a["a"]
+            if isinstance(other, Node) and is_hard(self.element(other, node)):
+                return scores.after(node, "clamp")
+        raise NotAttention("the scores are clamped at a value that a score can reach", node, "clamp")
+
+    def _joined(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
+        """A column of logits beside the keys, whose probability weights no value: a sink."""
+        place = self.places[before]
+        along = a["dim"] % len(place)
+        parts = list(a["tensors"])
+        if len(parts) != 2 or place[along] != digit(self.frame.key) or scores.sinks is not None:
+            raise NotAttention("the scores are concatenated with something that is not one sink logit a row", node)
+        other = parts[1] if parts[0] is before else parts[0]
+        shape = list(shape_of(other) or ())
+        if not is_one(shape[along]):
+            raise NotAttention("the scores are concatenated with more than one further logit a row", node)
+        first = sympy.S.Zero if parts[0] is before else size_of(shape[along])
+        number = self.number(other)
+        sinks: ScoreTensor | float
+        if number is not None:
+            sinks = number
+        else:
+            source, aligned = self._unexpanded(other, before)
+            sinks = ScoreTensor(source, aligned)
+        return scores.after(node, "sink", sinks=sinks, first_key=first)
+
+    def _unexpanded(self, column: Node, scores: Node) -> tuple[Node, Any]:
+        """The tensor behind a column's expansion, laid out [1, H, 1, 1]."""
+        source = column
+        while kind(source) in ("expand", "contiguous", "cast"):
+            source = arguments(source)["x"]
+        shape, place = shape_of(source) or (), self.places[scores]
+        offset = len(place) - len(shape)
+        heads = {digit(n) for n in self.frame.heads}
+        per_head = offset >= 0 and all(
+            is_one(size) or place[n + offset].free_symbols <= heads for n, size in enumerate(shape)
+        )
+        views = self.frame.views(shape, len(place), place) if per_head else None
+        if views is None:
+            raise NotAttention("the appended logit differs between rows, which a sink per head does not", column)
+        return source, views
 
 
-def _is_hard_constant(value: Any, algebra: MaskAlgebra) -> bool:
-    return isinstance(value, Node) and is_hard(algebra.formula(value).expression)
+def is_row_maximum(value: Node, scores: Node, frame: Frame, places: dict[Node, Indices]) -> bool:
+    """True for the maximum of the scores over their keys, kept as an axis of size one: what it is taken off cancels."""
+    while kind(value) in ("contiguous", "cast") or kind(value) == "getitem":
+        if kind(value) == "getitem" and (arguments(value)["index"] != 0 or kind(arguments(value)["x"]) != "maximum"):
+            return False
+        value = arguments(value)["x"]
+    if kind(value) not in ("amax", "maximum"):
+        return False
+    base = value.args[0] if value.args else value.kwargs.get("input")
+    while isinstance(base, Node) and kind(base) in ("contiguous", "cast"):
+        base = arguments(base)["x"]
+    target = scores
+    while kind(target) in ("contiguous", "cast"):
+        target = arguments(target)["x"]
+    if base is not target:
+        return False
+    rest = list(value.args[1:])
+    dim = value.kwargs.get("dim", rest[0] if rest else None)
+    keep = value.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
+    if isinstance(dim, list | tuple) and len(dim) == 1:
+        dim = dim[0]
+    place = places[scores]
+    return isinstance(dim, int) and bool(keep) and digit(frame.key) in place[dim % len(place)].free_symbols
 
 
 def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:
@@ -193,77 +339,7 @@ def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:
         recorded = value_of(value)
         if isinstance(recorded, torch.Tensor):
             expression = algebra.formula(value).expression
-            return float(expression) if expression.is_number else None
+            return float(expression) if expression.is_number and expression is not sympy.nan else None
         if isinstance(recorded, (int, float)):
             return float(recorded)
     return None
-
-
-def _scaled(scores: Scores, node: Node, before: Node, a: dict[str, Any], algebra: MaskAlgebra) -> Scores:
-    divided = kind(node) == "div"
-    if divided and (a["a"] is not before or a.get("rounding_mode") is not None):
-        raise NotAttention("the scores are a divisor", node)
-    other = a["b"] if a["a"] is before else a["a"]
-    factor = constant_of(other, algebra)
-    if factor is None:
-        raise NotAttention("the scores are multiplied by a tensor, not by one number", node)
-    if factor == 0:
-        raise NotAttention("the scores are multiplied or divided by zero", node)
-    factor = 1 / factor if divided else factor
-    if (scores.predicate != sympy.true or scores.softcap is not None) and factor <= 0:
-        raise NotAttention("masked or capped scores are multiplied by a number that is not positive", node)
-    return scores.after(
-        node,
-        f"{'div' if divided else 'mul'}",
-        scale=scores.scale * factor,
-        softcap=None if scores.softcap is None else scores.softcap * factor,
-        biases=tuple(Bias(b.node, b.factor * factor) for b in scores.biases),
-    )
-
-
-def _added(scores: Scores, node: Node, before: Node, a: dict[str, Any], algebra: MaskAlgebra) -> Scores:
-    negative = kind(node) == "sub"
-    if negative and a["a"] is not before:
-        raise NotAttention("the scores are subtracted from something", node)
-    other = a["b"] if a["a"] is before else a["a"]
-    sign = (-1.0 if negative else 1.0) * float(a.get("alpha", 1))
-    if constant_of(other, algebra) is not None and not _is_hard_constant(other, algebra):
-        return scores.after(node, "shift")
-    if kind(other) == "reduction" and negative and before in other.all_input_nodes:
-        return scores.after(node, "stabilise")
-    algebra.formula(other)
-    read = visible(algebra.element(other, shape_of(node) or ())) if sign > 0 else None
-    if read is None:
-        return scores.after(node, "bias", biases=(*scores.biases, Bias(other, sign)))
-    return _masked(scores, node, "mask", read[0], read[1], other)
-
-
-def _filled(scores: Scores, node: Node, before: Node, a: dict[str, Any], algebra: MaskAlgebra) -> Scores:
-    shape = shape_of(node) or ()
-    if kind(node) == "masked_fill":
-        condition, fill, hidden_when = a["mask"], a["value"], True
-    else:
-        condition, fill, hidden_when = a["cond"], a["b"], False
-        if a["b"] is before:
-            fill, hidden_when = a["a"], True
-    value = constant_of(fill, algebra)
-    if value is None or value > -1e9:
-        raise NotAttention(
-            f"hidden scores are filled with {'a tensor' if value is None else value}, which is not low enough to hide a key",
-            node,
-        )
-    algebra.formula(condition)
-    seen = as_condition(algebra.element(condition, shape))
-    if hidden_when:
-        seen = sympy.Not(seen)
-    return _masked(scores, node, "fill", seen, value == float("-inf"), condition)
-
-
-def _masked(scores: Scores, node: Node, word: str, seen: sympy.Basic, infinite: bool, source: Node) -> Scores:
-    rank = rank_of(node) or 0
-    if rank not in (3, 4):
-        raise NotAttention(f"the scores have {rank} axes; three or four are understood", node)
-    predicate = sympy.And(scores.predicate, canonical(seen, rank))
-    return scores.after(
-        node, word, predicate=predicate, infinite=scores.infinite and infinite, mask_nodes=(*scores.mask_nodes, source)
-    )

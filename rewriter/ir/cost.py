@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -116,7 +117,7 @@ def original_cost(site: Site) -> Cost:
     nodes = [node for node in dict.fromkeys((*site.absorbed, site.out)) if _moves(node)]
     steps = [node for node in nodes if kind(node) not in ("matmul", "einsum", "sdpa")]
     moved = sum((_bytes(site, node) + sum(_reads(site, node)) for node in nodes), sympy.S.Zero)
-    halved = site.origin == "sdpa" and arguments(site.out)["is_causal"]
+    halved = any(kind(node) == "sdpa" and arguments(node)["is_causal"] for node in nodes)
     pairs = TIME * keys_of(site) / (2 if halved else 1)
     return Cost(moved, products(site, pairs) + sum((_elements(site, node) for node in steps), sympy.S.Zero))
 
@@ -183,8 +184,8 @@ def _elements(site: Site, node: Node) -> sympy.Expr:
 def _size(site: Site, operand: str, place: int) -> Any:
     """The recorded size of canonical axis `place` of q or k: a number, or symbolic; 1 when the axis is absent."""
     found = site.q if operand == "q" else site.k
-    axis = found.axes[place]
-    return 1 if axis is None else (shape_of(found.node) or ())[axis]
+    shape = shape_of(found.node) or ()
+    return math.prod(shape[axis] for axis in found.axes[place])
 
 
 def _number(size: Any) -> int:

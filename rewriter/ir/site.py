@@ -9,16 +9,26 @@ import torch.fx
 
 from subquad.ir.mask import Mask
 
-CanonicalAxes = tuple[int | None, int | None, int | None, int | None]
-"""For (batch, time, head, dim): the axis that holds it, None when it is absent."""
+CanonicalAxes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""For (batch, time, head, dim): the axes that hold it, outermost first; none when it is absent (size one)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One step of laying a tensor out: "squeeze" (axis), "unsqueeze" (axis), "expand" (axis, size), "permute" (order),
+    "flatten" (first, last) or "unflatten" (axis, sizes); a size is an int or a SymInt of the capture.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Operand:
     """A q, k, v or output tensor, with the order of its axes.
 
-    node: the graph value before any repetition of heads.  axes: for canonical order (batch, time, head, dim) the axis of
-    `node` that holds it, or None when it is absent (size one).
+    node: the graph value before any repetition of heads.  axes: for canonical order (batch, time, head, dim) the axes of
+    `node` that hold it; further axes have size one.
     """
 
     node: torch.fx.Node
@@ -26,14 +36,28 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Bias:
-    """A tensor over the scores, broadcastable to [B, H, Tq, Tk], that acts after scale and softcap.
-
-    role: "add" (factor times the tensor is added), "keep" (a boolean that hides a key where it is False) or "hide" (one
-    that hides a key where it is True).
-    """
+class ScoreTensor:
+    """A tensor over the scores: `views` lay `node` out so that it broadcasts to [B, H, Tq, Tk]."""
 
     node: torch.fx.Node
+    views: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gain(ScoreTensor):
+    """A tensor over the scores, the same for all keys, that multiplies or divides q·k."""
+
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Bias(ScoreTensor):
+    """A tensor over the scores that acts after scale and softcap.
+
+    role: "add" (factor times the tensor is added), "keep" (a boolean that hides a key where it is False), "hide" (one that
+    hides a key where it is True) or "low" (a number that hides a key where it is at or below -1e30).
+    """
+
     factor: float = 1.0
     role: str = "add"
 
@@ -46,8 +70,9 @@ class Site:
     phase: "full" (q and k have the same length: prefill or training) | "decode" | "cross".
     q, k, v: operands, GQA repetition peeled off.  out: the node that holds the result, in `out_axes` order (batch, time,
     head, dim).  scale multiplies q·k, `folded` of it taken out of q and k;
-    softcap c means c·tanh(s/c) after it.  biases are added then, the mask applied last.
-    heads, kv_heads, head_dim, value_dim: static sizes.  sinks: logit node [H] or None.  absorbed: interior nodes.
+    gain, a tensor that does not depend on the key, multiplies it too; softcap c means c·tanh(s/c) after them.  biases are
+    added then, the mask applied last.  heads, kv_heads, head_dim, value_dim: static sizes.  sinks: one more logit per head
+    without a value, a tensor over the scores or one number.  absorbed: interior nodes.
     evidence: sentences saying how each part was read.  source: file:line of the user's code.
     """
 
@@ -67,7 +92,8 @@ class Site:
     value_dim: int
     softcap: float | None = None
     biases: tuple[Bias, ...] = ()
-    sinks: torch.fx.Node | None = None
+    gain: Gain | None = None
+    sinks: ScoreTensor | float | None = None
     dropout: float = 0.0
     folded: float = 1.0
     absorbed: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
@@ -88,6 +114,7 @@ class Site:
             "head_dim": self.head_dim,
             "value_dim": self.value_dim,
             "biases": len(self.biases),
+            "gain": self.gain is not None,
             "sinks": self.sinks is not None,
             "dropout": self.dropout,
             "evidence": [*self.evidence, *self.mask.evidence],

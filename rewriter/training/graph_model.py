@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from subquad.capture import capture
 from subquad.ir.errors import ConversionError
 from subquad.ir.graph import attribute, hang
 from subquad.ir.report import Report
-from subquad.ir.site import Site
+from subquad.ir.site import CanonicalAxes, Site
 from subquad.recognition import recognise
 from subquad.replacement import rewritten_capture
 from subquad.training.adapters import Adapters
@@ -110,14 +111,9 @@ def _sample(site: Site, values: dict[torch.fx.Node, Tensor]) -> Sample:
     return Sample(q, k, v, _canonical(values[site.out], site.out_axes))
 
 
-def _canonical(value: Tensor, axes: tuple[int | None, ...]) -> Tensor:
+def _canonical(value: Tensor, axes: CanonicalAxes) -> Tensor:
     """The value as [B, T, H, D]; absent axes have size one."""
-    present = [axis for axis in axes if axis is not None]
-    for axis in sorted(set(range(value.dim())) - set(present), reverse=True):
-        value = value.squeeze(axis)
-        present = [a - 1 if a > axis else a for a in present]
-    value = value.permute(present)
-    for place, present_axis in enumerate(axes):
-        if present_axis is None:
-            value = value.unsqueeze(place)
-    return value
+    order = [axis for group in axes for axis in group]
+    rest = [axis for axis in range(value.dim()) if axis not in order]
+    sizes = [math.prod(value.shape[axis] for axis in group) for group in axes]
+    return value.permute(*rest, *order).reshape(sizes)

@@ -1,0 +1,232 @@
+"""The operations between a score product and its softmax, with the place of every element in one frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch.fx
+
+from subquad.ir.graph import rank_of, shape_of
+from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.frame import DIM, Frame, digit, digits
+from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
+from subquad.passes.recognize.product import PRODUCTS, Product, read_product
+from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.symbolic_tensor import is_one, size_of
+
+Node = torch.fx.Node
+Indices = tuple[sympy.Basic, ...]
+VIEWS = frozenset(
+    ["view", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "unsqueeze", "squeeze", "expand", "repeat",
+     "contiguous"]
+)  # fmt: skip
+_STEPS = VIEWS | {
+    "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "clamp",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Nodes from a score product to the input of its softmax.
+
+    product: the first node, read, with queries on the left.  nodes: all of them, first to last.  frame: the axes of the
+    widest of them.  places: for each node, formulas of its indices in the frame's digits.
+    """
+
+    product: Product
+    nodes: tuple[Node, ...]
+    frame: Frame
+    places: dict[Node, Indices]
+
+
+def read_chain(softmax_input: Any, dim: int | None) -> Chain:
+    """Walk from a softmax's input, taken over axis `dim`, up to the product of queries and keys.
+
+    Raises NotAttention when there is none, or when keys are not what the softmax runs over.
+    """
+    if not isinstance(softmax_input, Node):
+        raise NotAttention("the softmax is taken of a constant", softmax_input)
+    nodes = tuple(reversed(_path_to_product(softmax_input)))
+    product = read_product(nodes[0])
+    if product is None:
+        raise NotAttention("the scores come from a product that does not pair queries with keys", nodes[0])
+    widest = _widest(nodes)
+    shape = shape_of(widest) or ()
+    found = _places(nodes, nodes.index(widest), digits(shape))
+    places = {node: found[node] for node in nodes}
+    last = places[nodes[-1]]
+    if dim is None or not -len(last) <= dim < len(last):
+        raise NotAttention(f"the softmax runs over axis {dim}, which is not one axis of the scores", nodes[-1])
+    keys = last[dim % len(last)]
+    key = next((n for n in range(len(shape)) if keys == digit(n)), None)
+    if key is None:
+        what = "an axis of size one" if keys == 0 else "several axes of the scores at once, or a part of one"
+        raise NotAttention(f"the softmax runs over {what}, not over keys", nodes[-1])
+    of_product = dict(zip(product.out_labels, places[nodes[0]], strict=True))
+    if keys not in [of_product[label] for label in product.kept_right]:
+        product = product.swapped()
+    if [of_product[label] for label in product.kept_right] != [keys]:
+        raise NotAttention("the softmax does not run over the keys of the product that feeds it", nodes[-1])
+    queries = [of_product[label] for label in product.kept_left]
+    return Chain(product, nodes, _roles(product, queries, key, shape), places)
+
+
+def _widest(nodes: tuple[Node, ...]) -> Node:
+    """The last of the nodes with the most axes, before any concatenation."""
+    end = next((n for n, node in enumerate(nodes) if kind(node) == "cat"), len(nodes))
+    most = max(rank_of(node) or 0 for node in nodes[:end])
+    return next(node for node in reversed(nodes[:end]) if rank_of(node) == most)
+
+
+def _places(nodes: tuple[Node, ...], frame: int, start: Indices) -> dict[Node, Indices]:
+    places = {nodes[frame]: start}
+    for later, earlier in zip(reversed(nodes[1 : frame + 1]), reversed(nodes[:frame]), strict=True):
+        if kind(later) not in VIEWS:
+            places[earlier] = _same_shape(places[later], earlier, later)
+            continue
+        before = trace_view(IndexMap(later, places[later]))
+        if before is None or before.node is not earlier:
+            raise NotAttention("the scores are rearranged in a way that is not understood", later)
+        places[earlier] = before.indices
+    for earlier, later in zip(nodes[frame:], nodes[frame + 1 :], strict=False):
+        places[later] = step_forward(later, earlier, places[earlier])
+    return places
+
+
+def step_forward(later: Node, earlier: Node, place: Indices) -> Indices:
+    """Formulas of the indices of `later`, a view of or an operation on `earlier`, from those of `earlier`."""
+    name = kind(later)
+    if name == "cat":
+        return _behind(later, earlier, place)
+    if name not in VIEWS:
+        return _same_shape(place, later, earlier)
+    moved = viewed(later, earlier, place)
+    if moved is None:
+        raise NotAttention("the scores are rearranged in a way that is not understood", later)
+    return moved
+
+
+def _behind(later: Node, earlier: Node, place: Indices) -> Indices:
+    a = arguments(later)
+    along = a["dim"] % len(place)
+    offset: sympy.Basic = sympy.S.Zero
+    for part in a["tensors"]:
+        if part is earlier:
+            break
+        offset = offset + size_of((shape_of(part) or ())[along])
+    return tuple(index + offset if n == along else index for n, index in enumerate(place))
+
+
+def _same_shape(place: Indices, node: Node, known: Node) -> Indices:
+    shape, other = shape_of(node) or (), shape_of(known) or ()
+    if len(shape) != len(other) or any(is_one(a) != is_one(b) for a, b in zip(shape, other, strict=True)):
+        raise NotAttention("the scores are broadcast to more axes between the product and the softmax", node)
+    return place
+
+
+def _roles(product: Product, queries: list[sympy.Basic], key: int, shape: tuple[Any, ...]) -> Frame:
+    """Queries are what only the left operand has; the last other axis counts heads when its number is fixed.
+
+    Where several axes are the left operand's alone, as of heads that share one key head, a symbolic one counts queries.
+    """
+    plain = Frame(shape, (), (), None, key)
+    only = [n for index in queries for n in plain.digits_of(index) or ()]
+    query = next((n for n in reversed(only) if not isinstance(shape[n], int)), only[-1] if only else None)
+    if query is None:
+        query = next((n for n in (len(shape) - 2, len(shape) - 1) if n >= 0 and n != key and is_one(shape[n])), None)
+    rest = [n for n in range(len(shape)) if n not in (query, key)]
+    while len(rest) > 1 and is_one(shape[rest[-1]]):
+        rest.pop()
+    if len(rest) < 2 or not isinstance(shape[rest[-1]], int):
+        return Frame(shape, tuple(rest), (), query, key)
+    heads = 1
+    while (
+        heads < len(rest) - 1 and _keys_lack(product, shape, rest[-heads]) and isinstance(shape[rest[-heads - 1]], int)
+    ):
+        heads += 1
+    return Frame(shape, tuple(rest[:-heads]), tuple(rest[-heads:]), query, key)
+
+
+def _keys_lack(product: Product, shape: tuple[Any, ...], place: int) -> bool:
+    """True when the keys are broadcast along an axis of the scores: query heads that share a key head."""
+    if is_one(shape[place]):
+        return False
+    here = (
+        IndexMap(product.right, product.indices(product.right, product.right_labels, digits(shape), DIM))
+        if len(product.out_labels) == len(shape)
+        else None
+    )
+    while here is not None:
+        if not any(digit(place) in index.free_symbols for index in here.indices):
+            return True
+        here = trace_view(here)
+    return False
+
+
+def _path_to_product(start: Node) -> list[Node]:
+    """The nodes from the softmax's input up to the nearest product of two activations."""
+    frontier: list[list[Node]] = [[start]]
+    nearest: Node = start
+    seen = {start}
+    while frontier:
+        path = frontier.pop(0)
+        here = path[-1]
+        if is_score_product(here):
+            return path
+        if kind(here) not in _STEPS:
+            nearest = here
+            continue
+        for operand in _score_operands(here):
+            if operand not in seen:
+                seen.add(operand)
+                frontier.append([*path, operand])
+    raise NotAttention(_why_no_product(nearest), nearest, "no-product")
+
+
+def is_score_product(node: Node) -> bool:
+    """True for a product of two activations that keeps an axis of each."""
+    if kind(node) not in PRODUCTS:
+        return False
+    product = read_product(node)
+    return product is not None and not is_weight(product.left) and not is_weight(product.right)
+
+
+def is_weight(value: Any) -> bool:
+    """True for a parameter, possibly behind views: the second factor of a projection."""
+    while isinstance(value, Node) and kind(value) in VIEWS | {"cast"}:
+        value = arguments(value)["x"]
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+def _why_no_product(node: Node) -> str:
+    while kind(node) in VIEWS | {"slice", "select", "getitem"} and isinstance(node.args[0], Node):
+        node = node.args[0]
+    name = kind(node)
+    if name in ("linear", "addmm") or name in PRODUCTS:
+        return PROJECTION
+    what = name or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
+    return f"no product of queries and keys feeds the softmax: the walk up ended at `{what}`"
+
+
+PROJECTION = (
+    "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
+    "a router, pooling or classifier, which no attention rewrite applies to"
+)
+
+
+def _score_operands(node: Node) -> list[Node]:
+    a = arguments(node)
+    if kind(node) == "cat":
+        return [part for part in a["tensors"] if isinstance(part, Node)]
+    names = {"where": ("a", "b"), "masked_fill": ("x",)}.get(kind(node), ("x", "a", "b"))
+    rank, shape = rank_of(node), shape_of(node) or ()
+    found: list[Node] = []
+    for name in names:
+        value = a.get(name)
+        other = shape_of(value)
+        if isinstance(value, Node) and other is not None and (rank_of(value) == rank or kind(node) in VIEWS):
+            same = len(other) == len(shape) and all(str(x) == str(y) for x, y in zip(other, shape, strict=True))
+            found.insert(0 if same else len(found), value)
+    return found

@@ -1,0 +1,67 @@
+"""What a graph does after a softmax to rows that see no key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch.fx
+
+from subquad.ir.mask import EmptyRows
+from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.chain import Indices
+from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.score_chain import ScoreReader, Scores
+from subquad.passes.recognize.symbolic_tensor import as_condition
+
+Node = torch.fx.Node
+
+
+def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores, reader: ScoreReader) -> EmptyRows:
+    """The value that an operation on the probabilities gives to rows without keys.
+
+    Understood: nan_to_num with zero, a fill with zero of exactly the hidden keys, and the guard of a decomposed SDPA,
+    where(row has no key, 0, p).  Raises NotAttention for anything that changes a probability of a visible key.
+    """
+    a = arguments(user)
+    if kind(user) == "nan_to_num":
+        if a["nan"] in (0, None):
+            return "zero" if scores.infinite else "mean"
+        raise NotAttention("nan_to_num puts another number than zero in the place of empty rows", user)
+    if kind(user) == "masked_fill":
+        condition, value, hidden_when = a["mask"], a["value"], True
+    else:
+        condition, value, hidden_when = a["cond"], a["b"], False
+        if a["b"] is probabilities:
+            value, hidden_when = a["a"], True
+    if reader.number(value) != 0:
+        raise NotAttention("the attention probabilities are replaced by something that is not zero", user)
+    if hidden_when and _is_empty_row(condition, scores):
+        return "zero"
+    reader.places.setdefault(user, place)
+    seen = as_condition(reader.element(condition, user))
+    seen = reader.in_frame(sympy.Not(seen) if hidden_when else seen, user)
+    if seen != scores.predicate:
+        raise NotAttention("probabilities are set to zero after the softmax for other keys than the mask hides", user)
+    return "zero"
+
+
+def _is_empty_row(condition: Any, scores: Scores) -> bool:
+    """not(any(not(scores == -inf))) over the keys, or all(scores == -inf)."""
+    inverted = False
+    while kind(condition) in ("not", "contiguous", "cast"):
+        inverted ^= kind(condition) == "not"
+        condition = arguments(condition)["x"]
+    name = kind(condition)
+    if name not in ("any", "all") or (name == "any") != inverted:
+        return False
+    inner = arguments(condition)["x"]
+    opposite = False
+    while kind(inner) in ("not", "contiguous", "cast"):
+        opposite ^= kind(inner) == "not"
+        inner = arguments(inner)["x"]
+    if kind(inner) not in ("eq", "ne"):
+        return False
+    opposite ^= kind(inner) == "ne"
+    a = arguments(inner)
+    return opposite == (name == "any") and a["a"] in scores.passed and a["b"] == float("-inf")

@@ -1,0 +1,69 @@
+"""Turn the masks read from a score chain into a Mask with evidence, and what stays a whole tensor into biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+import torch.fx
+
+from subquad.ir.mask import KV, EmptyRows, Mask, Q
+from subquad.ir.site import Bias
+from subquad.passes.recognize.mask_algebra import MaskAlgebra
+from subquad.passes.recognize.mask_check import MaskCheck
+from subquad.passes.recognize.score_chain import MaskSource, ScoreReader, Scores
+
+Node = torch.fx.Node
+
+
+class MaskReader:
+    """Masks of the sites of one graph; what is proved once is cross-checked once."""
+
+    def __init__(
+        self, module: torch.fx.GraphModule, examples: Mapping[str, torch.Tensor], algebra: MaskAlgebra
+    ) -> None:
+        self.algebra = algebra
+        self.check = MaskCheck(module, examples, algebra)
+
+    def read(
+        self, scores: Scores, empty: EmptyRows, anchor: Node, reader: ScoreReader
+    ) -> tuple[Mask, tuple[Bias, ...]]:
+        """The provable part of the masks as a predicate, and each mask with another part as a whole tensor."""
+        proved: list[sympy.Basic] = []
+        opaque: list[Bias] = []
+        for mask in scores.masks:
+            parts = mask.predicate.args if isinstance(mask.predicate, sympy.And) else (mask.predicate,)
+            whole = [part for part in parts if _is_whole(part)]
+            proved.extend(part for part in parts if part not in whole)
+            if whole:
+                opaque.append(_bias(mask, reader))
+        predicate = sympy.And(*proved)
+        words = tuple(f"opaque: {bias.node.name} is kept as a whole tensor over queries and keys" for bias in opaque)
+        if predicate == sympy.true:
+            return Mask(None if opaque else sympy.true, (), empty, None, words or ("no mask",)), tuple(opaque)
+        names = sorted({f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)})
+        tables = tuple(self.algebra.tables[name] for name in names)
+        found = Mask(predicate, tables, empty)
+        checked = (
+            "not cross-checked: it acts beside an opaque mask"
+            if opaque
+            else self.check.compare(found, scores, anchor, reader)
+        )
+        evidence = (f"mask proved from its subgraph: {found.family}", checked, *words)
+        return Mask(predicate, tables, empty, None, evidence), tuple(opaque)
+
+
+def _bias(mask: MaskSource, reader: ScoreReader) -> Bias:
+    assert mask.source is not None
+    tensor = reader.over_scores(mask.source, mask.met_at)
+    return Bias(tensor.node, tensor.views, role=mask.role)
+
+
+def _is_whole(part: sympy.Basic) -> bool:
+    """True for a condition that reads a tensor over queries and keys."""
+    for function in part.atoms(sympy.core.function.AppliedUndef):
+        free = set().union(*(argument.free_symbols for argument in function.args))
+        if Q in free and KV in free:
+            return True
+    return False

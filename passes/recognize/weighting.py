@@ -1,0 +1,136 @@
+"""Follow attention probabilities down to the product that weights the values, and to an output with clean axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch.fx
+
+from subquad.ir.graph import shape_of, users_of
+from subquad.ir.mask import EmptyRows
+from subquad.ir.site import CanonicalAxes
+from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.chain import VIEWS, Chain, Indices, step_forward
+from subquad.passes.recognize.frame import DIM, digit
+from subquad.passes.recognize.guards import guarded_rows
+from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
+from subquad.passes.recognize.product import PRODUCTS, Product, read_product
+from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.score_chain import ScoreReader, Scores
+from subquad.passes.recognize.symbolic_tensor import size_of
+
+Node = torch.fx.Node
+SHAPE_ONLY = frozenset(["full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "sym_size"])
+RETURNED = "the attention probabilities are returned or unused"
+SHARED = "the attention probabilities have other uses than weighting values (output_attentions?)"
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How probabilities weight values.
+
+    values, indices: the tensor of values and formulas of its indices.  out, out_axes: the result and its axes.
+    empty_rows: the value a guard gives to rows without keys, None without a guard.  passed: interior nodes, probabilities
+    first, the output excluded.
+    """
+
+    values: Node
+    indices: Indices
+    out: Node
+    out_axes: CanonicalAxes
+    empty_rows: EmptyRows | None
+    passed: tuple[Node, ...]
+
+
+def read_weighting(softmax: Node, chain: Chain, scores: Scores, reader: ScoreReader) -> Weighting:
+    """Walk down from the probabilities; raises NotAttention when they do anything but weight values."""
+    here, place = softmax, chain.places[chain.nodes[-1]]
+    passed: list[Node] = [softmax]
+    empty: EmptyRows | None = None
+    whole = not any(kind(node) == "cat" for node in chain.nodes)
+    while True:
+        user, product = _next(here)
+        if product is not None:
+            if not whole:
+                raise NotAttention("the probability of an appended logit weights a value", user)
+            return _output(user, product, place, chain, passed, empty)
+        name = kind(user)
+        if name == "dropout":
+            a = arguments(user)
+            if a["p"] > 0 and a["train"]:
+                raise NotAttention(
+                    "attention dropout is active, which no rewrite can keep exact; call eval()", user, "dropout"
+                )
+        elif name in VIEWS:
+            place = step_forward(user, here, place)
+        elif name in ("slice", "narrow", "getitem"):
+            place = _kept_keys(user, here, place, chain, scores)
+            whole = True
+        elif name in ("where", "masked_fill", "nan_to_num"):
+            empty = guarded_rows(user, here, place, scores, reader)
+        elif name != "cast":
+            what = name or user.target
+            raise NotAttention(
+                f"the softmax does not weight values: it is followed by `{what}`, not by a product with V",
+                user,
+                "no-values",
+            )
+        passed.append(user)
+        here = user
+
+
+def _next(here: Node) -> tuple[Node, Product | None]:
+    """The one user of the probabilities, and the product when it weights values by them."""
+    users = [user for user in users_of(here) if kind(user) not in SHAPE_ONLY]
+    if len(users) != 1 or users[0].op == "output":
+        raise NotAttention(SHARED if len(users) > 1 else RETURNED, here, "probabilities-used")
+    user = users[0]
+    product = read_product(user) if kind(user) in PRODUCTS else None
+    if product is not None and product.right is here:
+        product = product.swapped()
+    return user, product if product is not None and product.left is here else None
+
+
+def _kept_keys(user: Node, here: Node, place: Indices, chain: Chain, scores: Scores) -> Indices:
+    """A slice that drops the probability of an appended logit and keeps those of all keys."""
+    shape = shape_of(user) or ()
+    marks = tuple(sympy.Dummy(f"x{n}") for n in range(len(shape)))
+    traced = trace_view(IndexMap(user, marks))
+    keys = digit(chain.frame.key)
+    along = next((n for n, index in enumerate(place) if keys in index.free_symbols), None)
+    if traced is None or traced.node is not here or len(shape) != len(place) or along is None or scores.sinks is None:
+        raise NotAttention("a part of the attention probabilities is cut out", user)
+    begins = sympy.expand(traced.indices[along] - marks[along])
+    others = all(index == mark for n, (index, mark) in enumerate(zip(traced.indices, marks, strict=True)) if n != along)
+    kept = size_of(shape[along])
+    if begins != scores.first_key or not others or sympy.expand(kept - chain.frame.sizes[keys]) != 0:
+        raise NotAttention("a part of the attention probabilities is cut out", user)
+    return tuple(keys if n == along else index for n, index in enumerate(place))
+
+
+def _output(
+    node: Node, product: Product, place: Indices, chain: Chain, passed: list[Node], empty: EmptyRows | None
+) -> Weighting:
+    frame = chain.frame
+    of_left = dict(zip(product.left_labels, place, strict=True))
+    keys = digit(frame.key)
+    if of_left[product.contracted] != keys:
+        raise NotAttention("the probabilities are summed over another axis than the keys", node)
+    if product.addend is not None or product.alpha != 1:
+        raise NotAttention("the weighted values are scaled or added to something in one operation", node)
+    out = tuple(of_left.get(label, DIM) for label in product.out_labels)
+    indices = product.indices(product.right, product.right_labels, out, keys)
+    last = node
+    dim = next((size for size, index in zip(shape_of(node) or (), out, strict=True) if index == DIM), 1)
+    read = frame.axes(shape_of(node) or (), out, frame.query, dim)
+    interior: list[Node] = []
+    while read is None:
+        users = users_of(last)
+        moved = viewed(users[0], last, out) if len(users) == 1 and kind(users[0]) in VIEWS else None
+        if moved is None:
+            raise NotAttention("the weighted values are laid out in a way that is not understood", node)
+        interior.append(last)
+        last, out = users[0], moved
+        read = frame.axes(shape_of(last) or (), out, frame.query, dim)
+    return Weighting(product.right, indices, last, read.axes, empty, (*passed, *interior))
