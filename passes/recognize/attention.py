@@ -98,7 +98,7 @@ class _Finder:
         q_read = peel(q, _broadcast(q, (*place[:-1], DIM)), frame, frame.query, self.algebra)
         keys = _grouped((*place[:-2], place[-1], DIM), k, frame, a["enable_gqa"])
         k_read = peel(k, _broadcast(k, keys), frame, frame.key, self.algebra)
-        v_read = peel(v, _broadcast(v, keys), frame, frame.key, None)
+        v_read = peel(v, _broadcast(v, keys), frame.with_keys((shape_of(v) or ())[-2]), frame.key, None)
         head_dim = self._static(size_of_axes(q_read.operand, 3), node)
         scale = float(a["scale"]) if a["scale"] is not None else 1 / math.sqrt(head_dim)
         words = [f"scaled_dot_product_attention, scale {scale:g}"]
@@ -106,8 +106,8 @@ class _Finder:
         empty: EmptyRows = "zero"
         if a["is_causal"]:
             causal = sympy.Le(place[-1], place[-2])
-            read = MaskSource(frame.canonical(causal), None, node, "keep")
-            scores = replace(scores, masks=(read,), words=(*scores.words, "is_causal"))
+            triangle = MaskSource(frame.canonical(causal), None, node, "keep")
+            scores = replace(scores, masks=(triangle,), words=(*scores.words, "is_causal"))
         if a["mask"] is not None:
             scores, empty = self._sdpa_mask(scores, a["mask"], node, reader)
         read = frame.axes(shape_of(node) or (), out, frame.query, (shape_of(node) or (1,))[-1])
@@ -137,7 +137,7 @@ class _Finder:
             raise NotAttention(PROJECTION, found.node, "projection")
         if found.extra_logit is not None:
             scores = replace(scores, sinks=found.extra_logit)
-        weighting = read_weighting(found.node, chain, scores, reader)
+        weighting = read_weighting(found, chain, scores, reader)
         out = chain.places[chain.nodes[0]]
         q_read = peel(
             product.left, product.indices(product.left, product.left_labels, out, DIM), frame, frame.query, self.algebra

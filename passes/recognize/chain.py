@@ -22,8 +22,9 @@ VIEWS = frozenset(
     ["view", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "unsqueeze", "squeeze", "expand", "repeat",
      "contiguous"]
 )  # fmt: skip
+JOINED = frozenset(["cat", "pad"])
 _STEPS = VIEWS | {
-    "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "clamp",
+    "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad", "clamp",
 }  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def read_chain(softmax_input: Any, dim: int | None) -> Chain:
     last = places[nodes[-1]]
     if dim is None or not -len(last) <= dim < len(last):
         raise NotAttention(f"the softmax runs over axis {dim}, which is not one axis of the scores", nodes[-1])
-    keys = last[dim % len(last)]
+    keys = _without_offset(last[dim % len(last)])
     key = next((n for n in range(len(shape)) if keys == digit(n)), None)
     if key is None:
         what = "an axis of size one" if keys == 0 else "several axes of the scores at once, or a part of one"
@@ -70,18 +71,25 @@ def read_chain(softmax_input: Any, dim: int | None) -> Chain:
     if [of_product[label] for label in product.kept_right] != [keys]:
         raise NotAttention("the softmax does not run over the keys of the product that feeds it", nodes[-1])
     queries = [of_product[label] for label in product.kept_left]
-    return Chain(product, nodes, _roles(product, queries, key, shape), places)
+    right = IndexMap(product.right, product.indices(product.right, product.right_labels, places[nodes[0]], DIM))
+    return Chain(product, nodes, _roles(right, queries, key, shape), places)
+
+
+def _without_offset(index: sympy.Basic) -> sympy.Basic:
+    """The key an index counts when an appended logit comes before the first one."""
+    return index - index.as_coeff_Add()[0]
 
 
 def _widest(nodes: tuple[Node, ...]) -> Node:
     """The last of the nodes with the most axes, before any concatenation."""
-    end = next((n for n, node in enumerate(nodes) if kind(node) == "cat"), len(nodes))
+    end = next((n for n, node in enumerate(nodes) if kind(node) in JOINED), len(nodes))
     most = max(rank_of(node) or 0 for node in nodes[:end])
     return next(node for node in reversed(nodes[:end]) if rank_of(node) == most)
 
 
 def _places(nodes: tuple[Node, ...], frame: int, start: Indices) -> dict[Node, Indices]:
     places = {nodes[frame]: start}
+    plain = Frame(shape_of(nodes[frame]) or (), (), (), None, 0)
     for later, earlier in zip(reversed(nodes[1 : frame + 1]), reversed(nodes[:frame]), strict=True):
         if kind(later) not in VIEWS:
             places[earlier] = _same_shape(places[later], earlier, later)
@@ -89,16 +97,16 @@ def _places(nodes: tuple[Node, ...], frame: int, start: Indices) -> dict[Node, I
         before = trace_view(IndexMap(later, places[later]))
         if before is None or before.node is not earlier:
             raise NotAttention("the scores are rearranged in a way that is not understood", later)
-        places[earlier] = before.indices
+        places[earlier] = plain.simplified(before.indices)
     for earlier, later in zip(nodes[frame:], nodes[frame + 1 :], strict=False):
-        places[later] = step_forward(later, earlier, places[earlier])
+        places[later] = plain.simplified(step_forward(later, earlier, places[earlier]))
     return places
 
 
 def step_forward(later: Node, earlier: Node, place: Indices) -> Indices:
     """Formulas of the indices of `later`, a view of or an operation on `earlier`, from those of `earlier`."""
     name = kind(later)
-    if name == "cat":
+    if name in JOINED:
         return _behind(later, earlier, place)
     if name not in VIEWS:
         return _same_shape(place, later, earlier)
@@ -110,12 +118,13 @@ def step_forward(later: Node, earlier: Node, place: Indices) -> Indices:
 
 def _behind(later: Node, earlier: Node, place: Indices) -> Indices:
     a = arguments(later)
-    along = a["dim"] % len(place)
     offset: sympy.Basic = sympy.S.Zero
-    for part in a["tensors"]:
-        if part is earlier:
-            break
-        offset = offset + size_of((shape_of(part) or ())[along])
+    if kind(later) == "pad":
+        along, offset = len(place) - 1, size_of(a["pad"][0])
+    else:
+        along = a["dim"] % len(place)
+        for part in a["tensors"][: list(a["tensors"]).index(earlier)]:
+            offset = offset + size_of((shape_of(part) or ())[along])
     return tuple(index + offset if n == along else index for n, index in enumerate(place))
 
 
@@ -126,7 +135,7 @@ def _same_shape(place: Indices, node: Node, known: Node) -> Indices:
     return place
 
 
-def _roles(product: Product, queries: list[sympy.Basic], key: int, shape: tuple[Any, ...]) -> Frame:
+def _roles(keys: IndexMap, queries: list[sympy.Basic], key: int, shape: tuple[Any, ...]) -> Frame:
     """Queries are what only the left operand has; the last other axis counts heads when its number is fixed.
 
     Where several axes are the left operand's alone, as of heads that share one key head, a symbolic one counts queries.
@@ -142,26 +151,21 @@ def _roles(product: Product, queries: list[sympy.Basic], key: int, shape: tuple[
     if len(rest) < 2 or not isinstance(shape[rest[-1]], int):
         return Frame(shape, tuple(rest), (), query, key)
     heads = 1
-    while (
-        heads < len(rest) - 1 and _keys_lack(product, shape, rest[-heads]) and isinstance(shape[rest[-heads - 1]], int)
-    ):
+    while heads < len(rest) - 1 and _keys_lack(keys, shape, rest[-heads]) and isinstance(shape[rest[-heads - 1]], int):
         heads += 1
     return Frame(shape, tuple(rest[:-heads]), tuple(rest[-heads:]), query, key)
 
 
-def _keys_lack(product: Product, shape: tuple[Any, ...], place: int) -> bool:
+def _keys_lack(keys: IndexMap, shape: tuple[Any, ...], place: int) -> bool:
     """True when the keys are broadcast along an axis of the scores: query heads that share a key head."""
     if is_one(shape[place]):
         return False
-    here = (
-        IndexMap(product.right, product.indices(product.right, product.right_labels, digits(shape), DIM))
-        if len(product.out_labels) == len(shape)
-        else None
-    )
+    here: IndexMap | None = keys
+    frame = Frame(shape, (), (), None, 0)
     while here is not None:
         if not any(digit(place) in index.free_symbols for index in here.indices):
             return True
-        here = trace_view(here)
+        here = frame.traced(here)
     return False
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 
 from subquad.ir.mask import KV, B, FloorDiv, H, Q
 from subquad.ir.site import CanonicalAxes, View
+from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mixed_radix import without_divisions
 from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 
@@ -50,6 +51,11 @@ class Frame:
         """Places of the axes of canonical scores (batch, head, query, key)."""
         return self.batch, self.heads, () if self.query is None else (self.query,), (self.key,)
 
+    def with_keys(self, size: Any) -> Frame:
+        """The same frame with the number of keys under another name: operands of one SDPA call count the same keys."""
+        shape = tuple(size if n == self.key else held for n, held in enumerate(self.shape))
+        return replace(self, shape=shape)
+
     def head_count(self) -> sympy.Basic:
         """The number of query heads."""
         return sympy.prod(self.sizes[digit(n)] for n in self.heads)
@@ -80,6 +86,17 @@ class Frame:
             weight = sympy.expand(weight * self.sizes[digit(place)])
         return tuple(found)
 
+    def traced(self, here: IndexMap) -> IndexMap | None:
+        """One step back through a view, with the divisions that the axes' sizes decide carried out."""
+        before = trace_view(here)
+        if before is None:
+            return None
+        return IndexMap(before.node, self.simplified(before.indices))
+
+    def simplified(self, indices: Indices) -> Indices:
+        """The same formulas with the divisions that the axes' sizes decide carried out."""
+        return tuple(without_divisions(index, self.sizes) for index in indices)
+
     def size(self, places: Iterable[int]) -> sympy.Basic:
         """The product of the sizes of some axes."""
         return sympy.expand(sympy.prod(self.sizes[digit(n)] for n in places))
@@ -94,6 +111,7 @@ class Frame:
         indices: formulas of the tensor's indices.  time: the place that counts as time.  dim: the size of the whole of DIM.
         """
         roles = (self.wide(self.batch), self.wide(() if time is None else (time,)), self.wide(self.heads))
+        places: tuple[int, ...]
         held: list[list[tuple[int, ...]]] = [[], [], [], []]
         axes: list[list[int]] = [[], [], [], []]
         divided: sympy.Basic = sympy.S.One

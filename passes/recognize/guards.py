@@ -7,12 +7,12 @@ from typing import Any
 import sympy
 import torch.fx
 
-from subquad.ir.mask import EmptyRows
+from subquad.ir.mask import EmptyRows, Where
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import Indices
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import ScoreReader, Scores
-from subquad.passes.recognize.symbolic_tensor import as_condition
+from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean
 
 Node = torch.fx.Node
 
@@ -20,14 +20,21 @@ Node = torch.fx.Node
 def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores, reader: ScoreReader) -> EmptyRows:
     """The value that an operation on the probabilities gives to rows without keys.
 
-    Understood: nan_to_num with zero, a fill with zero of exactly the hidden keys, and the guard of a decomposed SDPA,
-    where(row has no key, 0, p).  Raises NotAttention for anything that changes a probability of a visible key.
+    Understood: nan_to_num with zero, a fill with zero of exactly the hidden keys, a product with exactly the mask, and the
+    guard of a decomposed SDPA, where(row has no key, 0, p).  Raises NotAttention for anything that changes a probability of a visible key.
     """
     a = arguments(user)
     if kind(user) == "nan_to_num":
         if a["nan"] in (0, None):
             return "zero" if scores.infinite else "mean"
         raise NotAttention("nan_to_num puts another number than zero in the place of empty rows", user)
+    if kind(user) == "mul":
+        reader.places.setdefault(user, place)
+        factor = reader.element(a["b"] if a["a"] is probabilities else a["a"], user)
+        shown = visible_where(factor)
+        if shown is None or reader.in_frame(shown, user) != scores.predicate:
+            raise NotAttention("the attention probabilities are multiplied by something else than their mask", user)
+        return "nan" if scores.infinite else "zero"
     if kind(user) == "masked_fill":
         condition, value, hidden_when = a["mask"], a["value"], True
     else:
@@ -44,6 +51,46 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
     if seen != scores.predicate:
         raise NotAttention("probabilities are set to zero after the softmax for other keys than the mask hides", user)
     return "zero"
+
+
+def visible_where(factor: sympy.Basic) -> sympy.Basic | None:
+    """The condition under which a factor is one; None when it is anything but one or zero."""
+    if is_boolean(factor):
+        return factor
+    if isinstance(factor, Where) and factor.args[1:] == (1, 0):
+        return factor.args[0]
+    return sympy.Not(factor.args[0]) if isinstance(factor, Where) and factor.args[1:] == (0, 1) else None
+
+
+def decomposed_nan_to_num(probabilities: Node) -> tuple[Node, ...]:
+    """The nodes of where(p == inf, …, where(p == -inf, …, where(isnan(p), 0, p))), the result last; () when it is not there.
+
+    Probabilities are never infinite, so what replaces an infinity does not matter.
+    """
+    here, passed, zeroed = probabilities, list[Node](), False
+    while True:
+        for user in here.users:
+            a = arguments(user) if kind(user) == "where" else {"b": None}
+            if a["b"] is not here or here is a["cond"]:
+                continue
+            test = arguments(a["cond"]) if kind(a["cond"]) in ("isnan", "eq") else {}
+            if kind(a["cond"]) == "isnan" and test["x"] is probabilities and _is_zero(a["a"]):
+                zeroed = True
+            elif test.get("a") is not probabilities or test.get("b") not in (float("inf"), float("-inf")):
+                continue
+            passed += [a["cond"], user]
+            here = user
+            break
+        else:
+            break
+    complete = zeroed and all(user in passed for user in probabilities.users)
+    return tuple(passed) if complete else ()
+
+
+def _is_zero(value: Any) -> bool:
+    while kind(value) in ("scalar_tensor", "full"):
+        value = arguments(value)["value"]
+    return isinstance(value, int | float) and value == 0
 
 
 def _is_empty_row(condition: Any, scores: Scores) -> bool:

@@ -126,7 +126,8 @@ def _groups(base: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
     """
     left = [n for n, size in enumerate(base) if not is_one(size)]
     right = [n for n, size in enumerate(out) if not is_one(size)]
-    first, last = [], []
+    first: list[tuple[list[int], list[int]]] = []
+    last: list[tuple[list[int], list[int]]] = []
     while left and right and _equal(base[left[0]], out[right[0]]):
         first.append(([left.pop(0)], [right.pop(0)]))
     while left and right and _equal(base[left[-1]], out[right[-1]]):

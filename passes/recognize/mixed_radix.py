@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import sympy
 
+from torch.utils._sympy.functions import FloorDiv as SizeDiv
+
 from subquad.ir.mask import FloorDiv
 
 Sizes = Mapping[sympy.Symbol, sympy.Basic]
@@ -18,12 +20,22 @@ def without_divisions(expression: sympy.Basic, sizes: Sizes) -> sympy.Basic:
     """
     if not expression.atoms(FloorDiv, sympy.Mod):
         return expression
+    named = {size: _name(size) for size in expression.atoms(SizeDiv)}
+    named.update({part: _name(part) for size in sizes.values() for part in size.atoms(SizeDiv)})
+    if named:
+        plain = {digit: size.xreplace(named) for digit, size in sizes.items()}
+        return without_divisions(expression.xreplace(named), plain).xreplace({v: k for k, v in named.items()})
     changed = expression.func(*(without_divisions(part, sizes) for part in expression.args))
-    if isinstance(changed, FloorDiv):
-        return quotient_and_rest(*changed.args, sizes)[0]
-    if isinstance(changed, sympy.Mod):
-        return quotient_and_rest(*changed.args, sizes)[1]
+    if isinstance(changed, FloorDiv | sympy.Mod):
+        number, by = changed.args
+        quotient, rest = quotient_and_rest(number, by, sizes)
+        return quotient if isinstance(changed, FloorDiv) else rest
     return changed
+
+
+def _name(size: sympy.Basic) -> sympy.Symbol:
+    """A name for a size that is itself a quotient of sizes."""
+    return sympy.Symbol(f"({size})", integer=True, positive=True)
 
 
 def quotient_and_rest(number: sympy.Basic, by: sympy.Basic, sizes: Sizes) -> tuple[sympy.Basic, sympy.Basic]:
@@ -33,7 +45,7 @@ def quotient_and_rest(number: sympy.Basic, by: sympy.Basic, sizes: Sizes) -> tup
         return whole, rest
     for term in sympy.Add.make_args(rest):
         scale = term.as_independent(*sizes, as_Add=False)[0]
-        if scale == 1 or not _is_whole(by / scale):
+        if scale == 1 or not scale.is_positive or not _is_whole(by / scale):
             continue
         high, low = _multiples(rest, scale)
         if low == 0 or _below(low, scale, sizes):

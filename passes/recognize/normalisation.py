@@ -7,11 +7,14 @@ from typing import Any
 
 import torch.fx
 
-from subquad.ir.graph import rank_of, users_of
+from subquad.ir.graph import rank_of
 from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.chain import VIEWS
+from subquad.passes.recognize.product import PRODUCTS, read_product
 from subquad.passes.recognize.refusing import NotAttention
 
 Node = torch.fx.Node
+SAME = frozenset(["cast", "contiguous"])
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Normalised:
     """A softmax: probabilities `node` of the scores `x` over axis `dim`.
 
     extra_logit: a further logit in the denominator (softmax-plus-one has 0), None for none.  word: how it is spelled.
-    passed: interior nodes of a softmax that is written out.
+    passed: interior nodes of a softmax that is written out.  divided: the node that divides weighted values by the sum of
+    the exponentials, where `node` gives the exponentials alone.
     """
 
     node: Node
@@ -28,6 +32,16 @@ class Normalised:
     extra_logit: float | None = None
     word: str = "softmax"
     passed: tuple[Node, ...] = ()
+    divided: Node | None = None
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """The sum of exponentials over one axis, plus a further term."""
+
+    dim: int
+    further: Any
+    passed: tuple[Node, ...]
 
 
 def read_softmax(node: Node) -> Normalised | None:
@@ -64,53 +78,110 @@ def _exponential(node: Node) -> Normalised | None:
 
 
 def _quotient(node: Node) -> Normalised | None:
-    """exp(x) / sum(exp(x)), also with a constant in the denominator."""
+    """exp(x) / sum(exp(x)), exp(x) · (1 / sum(exp(x))) and (exp(x) · V) / sum(exp(x)), also with a constant in the sum."""
+    for top, bottom, between in _fractions(node):
+        exponential, product = _numerators(top)
+        if exponential is None:
+            continue
+        total = _sum_of(exponential, bottom)
+        if total is None:
+            continue
+        found = _normalised(node, exponential, total)
+        passed = (*between, *found.passed)
+        if product is None:
+            return Normalised(node, found.x, found.dim, found.extra_logit, found.word, (top, exponential, *passed))
+        return Normalised(exponential, found.x, found.dim, found.extra_logit, found.word, passed, divided=node)
+    return None
+
+
+def _fractions(node: Node) -> list[tuple[Any, Any, tuple[Node, ...]]]:
+    """Numerator, denominator and interior nodes of a quotient, also of a product with a reciprocal."""
     a = arguments(node)
-    top, bottom = a["a"], a["b"]
-    if kind(node) == "mul" or not isinstance(top, Node) or not isinstance(bottom, Node):
-        return None
-    exponential = _behind_casts(top)
-    if kind(exponential) != "exp":
-        return None
-    extra, total, passed = None, bottom, [top, bottom, exponential]
-    if kind(bottom) == "add":
-        b = arguments(bottom)
-        total, extra = (b["a"], b["b"]) if isinstance(b["a"], Node) else (b["b"], b["a"])
-        passed.append(total)
-    if (
-        kind(total) != "sum"
-        or not arguments(total)["keepdim"]
-        or _behind_casts(arguments(total)["x"]) is not exponential
-    ):
-        return None
-    dim = _one(arguments(total)["dim"])
+    if kind(node) == "div":
+        return [(a["a"], a["b"], ())] if a.get("rounding_mode") is None else []
+    return [
+        (top, arguments(other)["x"], (other,))
+        for top, other in ((a["a"], a["b"]), (a["b"], a["a"]))
+        if kind(other) == "reciprocal"
+    ]
+
+
+def _numerators(top: Any) -> tuple[Node | None, Node | None]:
+    """The exponentials of a numerator, and the product when they already weight values."""
+    top = _behind(top, SAME)
+    if kind(top) == "exp":
+        return top, None
+    top = _behind(top, VIEWS)
+    product = read_product(top) if kind(top) in PRODUCTS else None
+    if product is None:
+        return None, None
+    sides = [_behind(side, VIEWS | SAME) for side in (product.left, product.right)]
+    exponentials = [side for side in sides if kind(side) == "exp"]
+    return (exponentials[0], top) if len(exponentials) == 1 else (None, None)
+
+
+def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
+    """Read a denominator: the sum of the exponentials over one axis that is kept, or put back, with size one."""
+    passed: list[Node] = []
+    further: Any = None
+    place: int | None = None
+    while isinstance(bottom, Node):
+        passed.append(bottom)
+        a = arguments(bottom) if kind(bottom) else {}
+        if kind(bottom) in SAME or kind(bottom) == "expand":
+            bottom = a["x"]
+        elif kind(bottom) == "unsqueeze" and place is None:
+            place, bottom = a["dim"] % (rank_of(bottom) or 1), a["x"]
+        elif kind(bottom) == "add" and further is None:
+            first = isinstance(a["a"], Node) and kind(_behind(a["a"], SAME | {"unsqueeze"})) == "sum"
+            bottom, further = (a["a"], a["b"]) if first else (a["b"], a["a"])
+        elif kind(bottom) == "sum":
+            dim = _one(a["dim"])
+            if dim is None or _behind(a["x"], SAME) is not exponential:
+                return None
+            dim %= rank_of(a["x"]) or 1
+            kept = place is None if a["keepdim"] else place == dim
+            return _Sum(dim, further, tuple(passed)) if kept else None
+        else:
+            return None
+    return None
+
+
+def _normalised(node: Node, exponential: Node, total: _Sum) -> Normalised:
     x = arguments(exponential)["x"]
-    if extra is None:
-        return Normalised(node, x, dim, word="exp over its sum", passed=tuple(passed))
-    if extra == 1 and not _stabilised(x):
-        return Normalised(node, x, dim, 0.0, "exp over one plus its sum", tuple(passed))
+    if total.further is None:
+        return Normalised(node, x, total.dim, word="exp over its sum", passed=total.passed)
+    word = "exp over one plus its sum"
+    shifted = _behind(x, SAME)
+    if kind(shifted) != "sub":
+        if total.further == 1:
+            return Normalised(node, x, total.dim, 0.0, word, total.passed)
+    elif _is_exp_of_minus(total.further, arguments(shifted)["b"]):
+        passed = (*total.passed, shifted, *_spine(total.further))
+        return Normalised(node, arguments(shifted)["a"], total.dim, 0.0, word, passed)
     raise NotAttention(
-        f"the exponentials are divided by their sum plus {extra}, which is not a softmax", node, "denominator"
+        f"the exponentials are divided by their sum plus {total.further}, which is not a softmax", node, "denominator"
     )
 
 
-def _behind_casts(node: Any) -> Any:
-    while kind(node) in ("cast", "contiguous"):
+def _is_exp_of_minus(value: Any, shift: Any) -> bool:
+    value = _behind(value, SAME)
+    inner = _behind(arguments(value)["x"], SAME) if kind(value) == "exp" else None
+    return kind(inner) == "neg" and arguments(inner)["x"] is shift
+
+
+def _spine(value: Any) -> tuple[Node, ...]:
+    exponential = _behind(value, SAME)
+    return exponential, _behind(arguments(exponential)["x"], SAME)
+
+
+def _behind(node: Any, kinds: frozenset[str]) -> Any:
+    while kind(node) in kinds:
         node = arguments(node)["x"]
     return node
-
-
-def _stabilised(x: Any) -> bool:
-    x = _behind_casts(x)
-    return kind(x) == "sub"
 
 
 def _one(dim: Any) -> int | None:
     if isinstance(dim, list | tuple):
         return int(dim[0]) if len(dim) == 1 else None
     return dim if isinstance(dim, int) else None
-
-
-def is_used(node: Node) -> bool:
-    """False for a value that nothing reads."""
-    return bool(users_of(node)) and rank_of(node) is not None

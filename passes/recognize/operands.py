@@ -11,7 +11,7 @@ from subquad.ir.graph import shape_of
 from subquad.ir.site import Operand
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.frame import DIM, Frame, Indices
-from subquad.passes.recognize.index_map import IndexMap, trace_view
+from subquad.passes.recognize.index_map import IndexMap
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import constant_of
@@ -45,7 +45,7 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
         read = frame.axes(shape_of(here.node) or (), here.indices, time, dim)
         if read is not None:
             best = Peeled(Operand(here.node, read.axes), read.repeats, factor, tuple(passed))
-        before = trace_view(here)
+        before = frame.traced(here)
         if before is None:
             scaled = None if algebra is None else _scaled(here.node, algebra)
             if scaled is None:

@@ -74,8 +74,8 @@ def read_product(node: Node) -> Product | None:
     if name == "einsum":
         return _einsum(str(a["equation"]).replace(" ", ""), a["operands"])
     left, right = (a["left"], a["right"]) if name == "baddbmm" else (a["a"], a["b"])
-    ranks = rank_of(left), rank_of(right)
-    if ranks[0] is None or ranks[1] is None or min(ranks) < 2:
+    ranks = rank_of(left) or 0, rank_of(right) or 0
+    if min(ranks) < 2:
         return None
     batch = _LETTERS[: max(ranks) - 2]
     labels = tuple(batch[len(batch) - (rank - 2) :] for rank in ranks)

@@ -13,12 +13,15 @@ from subquad.ir.graph import shape_of, value_of
 from subquad.ir.site import Bias, Gain, ScoreTensor
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import VIEWS, Chain, Indices
+from subquad.passes.recognize.folding import folded
 from subquad.passes.recognize.frame import Frame, digit
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_hard, is_one, size_of, visible
 
 Node = torch.fx.Node
+ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
+REDUCTIONS = frozenset(["amax", "maximum", "mean", "logsumexp"])
 DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; call eval()"
 
 
@@ -123,6 +126,8 @@ class ScoreReader:
             return self._clamped(scores, node, before, a)
         if name == "cat":
             return self._joined(scores, node, before, a)
+        if name == "pad":
+            return self._padded(scores, node, a)
         raise NotAttention(f"`{name or node.target}` between the scores and the softmax is not understood", node)
 
     def require_independent(self, value: Any, node: Node) -> None:
@@ -212,8 +217,10 @@ class ScoreReader:
         if negative and a["a"] is not before:
             raise NotAttention("the scores are subtracted from something", node)
         other = a["b"] if a["a"] is before else a["a"]
-        if negative and isinstance(other, Node) and is_row_maximum(other, before, self.frame, self.places):
-            return scores.after(node, "minus the row's maximum")
+        if isinstance(other, Node) and self._is_of_row(other, node):
+            if scores.sinks is not None:
+                raise NotAttention("the scores are shifted after a sink logit was appended", node)
+            return scores.after(node, "minus the row's maximum" if negative else "plus a number of the row")
         return self._plus(scores, node, other, (-1.0 if negative else 1.0) * float(a.get("alpha", 1)))
 
     def _plus(self, scores: Scores, node: Node, other: Any, factor: float) -> Scores:
@@ -268,6 +275,26 @@ class ScoreReader:
                 return scores.after(node, "clamp")
         raise NotAttention("the scores are clamped at a value that a score can reach", node, "clamp")
 
+    def _is_of_row(self, value: Node, node: Node) -> bool:
+        """True for a maximum, mean or logarithm of a sum of the scores, one for each row: shifting a row cancels."""
+        shape, place = shape_of(value) or (), self.places[node]
+        if self._varies_with_key(value, node) or len(shape) != len(place):
+            return False
+        while isinstance(value, Node) and kind(value) in ROW_STEPS:
+            value = arguments(value)["x"]
+        reduced = value.args[0] if kind(value) in REDUCTIONS and value.args else None
+        while isinstance(reduced, Node) and kind(reduced) in ("contiguous", "cast"):
+            reduced = arguments(reduced)["x"]
+        return reduced in self.places
+
+    def _padded(self, scores: Scores, node: Node, a: dict[str, Any]) -> Scores:
+        """One further column of a number beside the keys: a sink that all heads share."""
+        pad, value = list(a["pad"]), self.number(a["value"])
+        last = digit(self.frame.key) in self.places[node][-1].free_symbols
+        if sorted(pad) != [0, 1] or not last or a["mode"] != "constant" or value is None or scores.sinks is not None:
+            raise NotAttention("the scores are padded with something that is not one sink logit a row", node)
+        return scores.after(node, "sink", sinks=value, first_key=size_of(pad[0]))
+
     def _joined(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         """A column of logits beside the keys, whose probability weights no value: a sink."""
         place = self.places[before]
@@ -306,31 +333,6 @@ class ScoreReader:
         return source, views
 
 
-def is_row_maximum(value: Node, scores: Node, frame: Frame, places: dict[Node, Indices]) -> bool:
-    """True for the maximum of the scores over their keys, kept as an axis of size one: what it is taken off cancels."""
-    while kind(value) in ("contiguous", "cast") or kind(value) == "getitem":
-        if kind(value) == "getitem" and (arguments(value)["index"] != 0 or kind(arguments(value)["x"]) != "maximum"):
-            return False
-        value = arguments(value)["x"]
-    if kind(value) not in ("amax", "maximum"):
-        return False
-    base = value.args[0] if value.args else value.kwargs.get("input")
-    while isinstance(base, Node) and kind(base) in ("contiguous", "cast"):
-        base = arguments(base)["x"]
-    target = scores
-    while kind(target) in ("contiguous", "cast"):
-        target = arguments(target)["x"]
-    if base is not target:
-        return False
-    rest = list(value.args[1:])
-    dim = value.kwargs.get("dim", rest[0] if rest else None)
-    keep = value.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
-    if isinstance(dim, list | tuple) and len(dim) == 1:
-        dim = dim[0]
-    place = places[scores]
-    return isinstance(dim, int) and bool(keep) and digit(frame.key) in place[dim % len(place)].free_symbols
-
-
 def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:
     """A scalar argument's number: a Python number, or a tensor whose formula is one; None when it is neither."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -339,7 +341,9 @@ def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:
         recorded = value_of(value)
         if isinstance(recorded, torch.Tensor):
             expression = algebra.formula(value).expression
-            return float(expression) if expression.is_number and expression is not sympy.nan else None
+            if expression.is_number and expression is not sympy.nan:
+                return float(expression)
+            return folded(value, algebra.module)
         if isinstance(recorded, (int, float)):
             return float(recorded)
     return None

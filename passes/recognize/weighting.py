@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch.fx
@@ -11,10 +11,11 @@ from subquad.ir.graph import shape_of, users_of
 from subquad.ir.mask import EmptyRows
 from subquad.ir.site import CanonicalAxes
 from subquad.ir.vocabulary import arguments, kind
-from subquad.passes.recognize.chain import VIEWS, Chain, Indices, step_forward
+from subquad.passes.recognize.chain import JOINED, VIEWS, Chain, Indices, step_forward
 from subquad.passes.recognize.frame import DIM, digit
-from subquad.passes.recognize.guards import guarded_rows
+from subquad.passes.recognize.guards import decomposed_nan_to_num, guarded_rows
 from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
+from subquad.passes.recognize.normalisation import Normalised
 from subquad.passes.recognize.product import PRODUCTS, Product, read_product
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import ScoreReader, Scores
@@ -43,18 +44,24 @@ class Weighting:
     passed: tuple[Node, ...]
 
 
-def read_weighting(softmax: Node, chain: Chain, scores: Scores, reader: ScoreReader) -> Weighting:
+def read_weighting(found: Normalised, chain: Chain, scores: Scores, reader: ScoreReader) -> Weighting:
     """Walk down from the probabilities; raises NotAttention when they do anything but weight values."""
-    here, place = softmax, chain.places[chain.nodes[-1]]
-    passed: list[Node] = [softmax]
+    here, place = found.node, chain.places[chain.nodes[-1]]
+    passed: list[Node] = [here]
     empty: EmptyRows | None = None
-    whole = not any(kind(node) == "cat" for node in chain.nodes)
+    whole = not any(kind(node) in JOINED for node in chain.nodes)
     while True:
-        user, product = _next(here)
+        guard = decomposed_nan_to_num(here)
+        if guard:
+            empty = "zero" if scores.infinite else "mean"
+            passed += guard
+            here = guard[-1]
+        user, product = _next(here, found.passed)
         if product is not None:
             if not whole:
                 raise NotAttention("the probability of an appended logit weights a value", user)
-            return _output(user, product, place, chain, passed, empty)
+            weighting = _output(user, product, place, chain, passed, empty)
+            return weighting if found.divided is None else _divided(weighting, found.divided)
         name = kind(user)
         if name == "dropout":
             a = arguments(user)
@@ -63,11 +70,11 @@ def read_weighting(softmax: Node, chain: Chain, scores: Scores, reader: ScoreRea
                     "attention dropout is active, which no rewrite can keep exact; call eval()", user, "dropout"
                 )
         elif name in VIEWS:
-            place = step_forward(user, here, place)
+            place = chain.frame.simplified(step_forward(user, here, place))
         elif name in ("slice", "narrow", "getitem"):
             place = _kept_keys(user, here, place, chain, scores)
             whole = True
-        elif name in ("where", "masked_fill", "nan_to_num"):
+        elif name in ("where", "masked_fill", "nan_to_num", "mul"):
             empty = guarded_rows(user, here, place, scores, reader)
         elif name != "cast":
             what = name or user.target
@@ -80,9 +87,17 @@ def read_weighting(softmax: Node, chain: Chain, scores: Scores, reader: ScoreRea
         here = user
 
 
-def _next(here: Node) -> tuple[Node, Product | None]:
+def _divided(weighting: Weighting, quotient: Node) -> Weighting:
+    """The same weighting one division later, where the exponentials' sum divides what they weighted."""
+    users = users_of(weighting.out)
+    if users != [quotient] or str(shape_of(quotient)) != str(shape_of(weighting.out)):
+        raise NotAttention("the weighted values are used before they are divided by the exponentials' sum", quotient)
+    return replace(weighting, out=quotient, passed=(*weighting.passed, weighting.out))
+
+
+def _next(here: Node, ignored: tuple[Node, ...]) -> tuple[Node, Product | None]:
     """The one user of the probabilities, and the product when it weights values by them."""
-    users = [user for user in users_of(here) if kind(user) not in SHAPE_ONLY]
+    users = [user for user in users_of(here) if kind(user) not in SHAPE_ONLY and user not in ignored]
     if len(users) != 1 or users[0].op == "output":
         raise NotAttention(SHARED if len(users) > 1 else RETURNED, here, "probabilities-used")
     user = users[0]
@@ -131,6 +146,6 @@ def _output(
         if moved is None:
             raise NotAttention("the weighted values are laid out in a way that is not understood", node)
         interior.append(last)
-        last, out = users[0], moved
+        last, out = users[0], frame.simplified(moved)
         read = frame.axes(shape_of(last) or (), out, frame.query, dim)
     return Weighting(product.right, indices, last, read.axes, empty, (*passed, *interior))
