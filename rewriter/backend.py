@@ -18,6 +18,7 @@ from subquad.ir.errors import PassError
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes
+from subquad.passes.canonicalize.functional import functional
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.pipeline import applied_entry, choose, is_selected
 from subquad.recognition import recognise
@@ -67,6 +68,7 @@ def rewrite_dynamo_graph(
 
     passes: the ones named; None stands for the exact ones that the cost model predicts to pay.
     """
+    graph = functional(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     capture = Capture(
         graph,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
+
+from subquad.ir.graph import attribute
 
 
 @dataclass
@@ -29,6 +33,25 @@ class Capture:
     constants: dict[str, Any] = field(default_factory=dict)
     out_spec: pytree.TreeSpec | None = None
     known_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def written(self) -> list[str]:
+        """The names of the root's parameters and buffers that a call of the forward changes."""
+        copies = [node for node in self.graph.graph.nodes if node.target is torch.ops.aten.copy_.default]
+        return [
+            str(n.args[0].target) for n in copies if isinstance(n.args[0], torch.fx.Node) and n.args[0].op == "get_attr"
+        ]
+
+    @contextmanager
+    def state_kept(self) -> Iterator[None]:
+        """Inside the block the forward may be called; what it changes in the root's buffers is put back at the end."""
+        held = [attribute(self.graph, name) for name in self.written()]
+        kept = [tensor.detach().clone() for tensor in held]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(held, kept, strict=True):
+                    tensor.copy_(value)
 
 
 class ProgramModule(torch.nn.Module):

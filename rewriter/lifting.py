@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from subquad.captured import Capture, ProgramModule
+from subquad.functional_graph import functional_program
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import attribute, hang, source_of
 
@@ -26,6 +27,7 @@ def from_exported_program(
 
     program: torch.export's result.  root: the module it came from; None makes a module tree from the program's state.
     """
+    program = functional_program(program)
     signature = program.graph_signature
     owner = root if root is not None else _module_tree(program)
     holder = torch.nn.Module()
@@ -53,8 +55,7 @@ def from_exported_program(
             new.meta = dict(node.meta)
             environment[node] = new
         elif node.op == "output":
-            keep = {spec.arg.name for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"}
-            kept = [n for n in node.args[0] if not isinstance(n, torch.fx.Node) or n.name in keep]
+            kept = _written_back(program, node.args[0], environment, graph)
             graph.output(tuple(environment[n] if isinstance(n, torch.fx.Node) else n for n in kept))
         elif node.op == "get_attr" and isinstance(getattr(program.graph_module, node.target), torch.fx.GraphModule):
             regions[node] = getattr(program.graph_module, node.target)
@@ -72,6 +73,27 @@ def from_exported_program(
     if isinstance(owner, ProgramModule):
         owner.__dict__["_subquad_program"] = result
     return result
+
+
+MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+
+
+def _written_back(
+    program: ExportedProgram, outputs: tuple[Any, ...], environment: dict[torch.fx.Node, Any], graph: torch.fx.Graph
+) -> list[Any]:
+    """The user's own outputs; the new contents of buffers, parameters and inputs among the outputs are copied into them."""
+    signature = program.graph_signature
+    inputs = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target is not None}
+    named = {node.name: node for node in program.graph.nodes}
+    kept = []
+    for spec, value in zip(signature.output_specs, outputs, strict=True):
+        if spec.kind in MUTATIONS:
+            held = environment[named[inputs.get(spec.target, spec.target)]]
+            written = graph.call_function(torch.ops.aten.copy_.default, (held, environment[value]))
+            written.meta = dict(environment[value].meta)
+        elif spec.kind == OutputKind.USER_OUTPUT:
+            kept.append(value)
+    return kept
 
 
 def _copy(

@@ -9,6 +9,7 @@ import torch.fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from subquad.captured import Capture
+from subquad.passes.canonicalize.functional import functional
 
 
 def from_symbolic_trace(
@@ -34,7 +35,8 @@ def from_symbolic_trace(
     _RecordValues(module, mode).run(*fakes)
     inputs = tuple(name for name in names if isinstance(values.get(name), torch.Tensor))
     constants = {name: values.get(name) for name in names if name not in inputs}
-    return Capture(module, module, inputs, "torch", {name: values[name] for name in inputs}, constants)
+    graph = functional(module)
+    return Capture(graph, module, inputs, "torch", {name: values[name] for name in inputs}, constants)
 
 
 class _RecordValues(torch.fx.Interpreter):

@@ -83,15 +83,15 @@ def _original_capture(record: Rewritten, original: nn.Module | None) -> Capture:
     return capture
 
 
-def _double_output(capture: Capture, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The first output of the captured graph on the given inputs, every floating type widened to float64."""
+def _graph_output(capture: Capture, inputs: dict[str, torch.Tensor], double: bool = True) -> torch.Tensor:
+    """The first output of the captured graph, computed from what it depends on; double: in float64 throughout."""
     graph = capture.graph.graph
     tensors = {n: capture.known_tensors[n.name] for n in graph.nodes if n.name in capture.known_tensors}
-    run = ConcreteRun(capture.graph, capture.example, tensors, 1, 1, "none", double=True)
+    run = ConcreteRun(capture.graph, capture.example, tensors, 1, 1, "none", double=double)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, capture.inputs, strict=False):
         value = inputs[name]
-        run.known[node] = value.double() if value.dtype.is_floating_point else value
+        run.known[node] = value.double() if double and value.dtype.is_floating_point else value
     output = graph.output_node().args[0]
     with torch.no_grad():
         leaves = pytree.tree_map(lambda n: run.value(n) if isinstance(n, torch.fx.Node) else n, output)
@@ -112,6 +112,7 @@ def end_to_end_rungs(
 ) -> list[Measurement]:
     """The first output of the rewritten and of the original forward against a float64 run of the original.
 
+    The graph that was captured is the judge, so that first it must itself give what the original forward gives.
     Rewrites that are another function also get the mean KL divergence, in nats per position, when the output is logits.
     """
     capture = _original_capture(record, original)
@@ -121,20 +122,22 @@ def end_to_end_rungs(
         given = example_inputs if named else dict(zip(capture.inputs, example_inputs, strict=False))
         inputs.update({k: v for k, v in given.items() if k in capture.inputs and isinstance(v, torch.Tensor)})
     with torch.no_grad():
-        judge = _double_output(capture, inputs)
-        after = _first_tensor(_call(root, capture, inputs))
+        judge = _graph_output(capture, inputs, double=True)
+        replayed = _graph_output(capture, inputs, double=False)
+        after = _first_tensor(_call(root, record.original, inputs))
         with _as_original(root, original) as module:
             before = _first_tensor(_call(module, capture, inputs))
     padding = inputs.get("attention_mask")
     if padding is not None and padding.shape == judge.shape[:2]:
         keep = padding.bool()
-        judge, before, after = judge[keep], before[keep], after[keep]
+        judge, replayed, before, after = judge[keep], replayed[keep], before[keep], after[keep]
+    faithful = _faithful(replayed, before)
     error, own = relative_error(after, judge), relative_error(before, judge)
     exact = _is_exact(record)
     allowed = allowed_error(own, before.dtype) if exact else None
     shape = "×".join(str(s) for s in before.shape)
     detail = f"{shape}, original's own error {own:.2e}"
-    rungs = [Measurement("logits", "", error, allowed, allowed is None or error <= allowed, detail)]
+    rungs = [Measurement("logits", "", error, allowed, allowed is None or error <= allowed, detail), faithful]
     if not exact and judge.dim() >= 2 and judge.shape[-1] > 1:
         expected, found = (x.double().log_softmax(-1) for x in (judge, after))
         divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
@@ -142,15 +145,24 @@ def end_to_end_rungs(
     return rungs
 
 
+def _faithful(replayed: torch.Tensor, before: torch.Tensor) -> Measurement:
+    """The captured graph in its own precision against the original forward: a graph that lost something is no judge."""
+    error, allowed = relative_error(replayed, before), torch.finfo(before.dtype).eps ** 0.5
+    return Measurement("capture", "", error, allowed, error <= allowed, "captured graph against the original forward")
+
+
 def _is_exact(record: Rewritten) -> bool:
     return all(r.rewrite.contract is not Contract.APPROXIMATE for r in record.replacements)
 
 
 def _call(root: nn.Module, capture: Capture, inputs: dict[str, torch.Tensor]) -> Any:
+    """The outputs of one call, which leaves the inputs and the root's buffers as they are."""
     constants = {k: v for k, v in capture.constants.items() if not isinstance(v, torch.Tensor)}
-    if isinstance(root, torch.fx.GraphModule | ProgramModule):
-        return root(*[inputs[name] for name in capture.inputs])
-    return root(**inputs, **constants)
+    given = {name: value.clone() for name, value in inputs.items()}
+    with capture.state_kept():
+        if isinstance(root, torch.fx.GraphModule | ProgramModule):
+            return root(*[given[name] for name in capture.inputs])
+        return root(**given, **constants)
 
 
 def tokens_rung(root: nn.Module, record: Rewritten, original: nn.Module | None = None) -> Measurement | None:
