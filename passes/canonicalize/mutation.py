@@ -28,6 +28,8 @@ AUGMENTED: dict[Any, Callable[..., Any]] = {
     operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
     operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
 }  # fmt: skip
+KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
+"""Functions whose names end in an underscore because Python reserves the word."""
 
 
 class Unsupported(Exception):
@@ -137,7 +139,7 @@ def _function(node: Node) -> Write | None:
     first = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(first, Node) or not _is_tensor(first):
         return None
-    if name.endswith("_") and not name.endswith("__") and name not in METADATA:
+    if name.endswith("_") and not name.endswith("__") and name not in METADATA and function not in KEYWORDS:
         twin = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
         if name in RESHAPING or not callable(twin):
             raise Unsupported(f"`{name}` writes into its argument and has no functional form")
