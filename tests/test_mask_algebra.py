@@ -14,7 +14,9 @@ from torch import nn
 import subquad
 from subquad.ir.mask import KV, B, FloorDiv, Mask, Q, Where
 from subquad.kernels.expression import evaluate
-from subquad.passes.recognize.symbolic_tensor import combine, compare, visible
+from subquad.passes.recognize.mask_choice import choose
+from subquad.passes.recognize.mask_relation import negate, relate
+from subquad.passes.recognize.symbolic_tensor import as_condition, visible
 
 Condition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -138,9 +140,15 @@ def test_additive_masks_are_read_only_when_they_hide_completely() -> None:
     assert visible(Where(causal, sympy.Integer(1), -sympy.oo)) is None
 
 
-def test_comparing_a_choice_with_a_number_gives_the_condition() -> None:
+def test_a_choice_of_numbers_as_a_condition_is_what_chooses() -> None:
     causal = sympy.Le(KV, Q)
-    assert compare("eq", Where(causal, sympy.S.One, sympy.S.Zero), sympy.S.Zero) == sympy.Not(causal)
-    assert combine("sub", sympy.S.One, Where(causal, sympy.S.One, sympy.S.Zero)) == Where(
-        causal, sympy.S.Zero, sympy.S.One
-    )
+    assert as_condition(choose(causal, sympy.S.One, sympy.S.Zero)) == causal
+    assert as_condition(choose(causal, sympy.S.Zero, sympy.S.One)) == negate(causal)
+
+
+def test_equal_conditions_are_equal_expressions() -> None:
+    spellings = [
+        relate("le", KV, Q), relate("ge", Q, KV), relate("lt", KV, Q + 1), relate("gt", Q - KV, sympy.Integer(-1)),
+        negate(relate("gt", KV, Q)), relate("ge", Q - KV, sympy.S.Zero), relate("le", KV - Q, sympy.Float(0.5)),
+    ]  # fmt: skip
+    assert len(set(spellings)) == 1

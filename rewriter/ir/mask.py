@@ -6,36 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy
+import torch.fx
 from sympy.logic.boolalg import Boolean
 
+from subquad.ir.mask_family import family_name
+from subquad.ir.mask_symbols import KV, B, FloorDiv, H, Q, Where
+from subquad.ir.mask_text import print_expression
+
+__all__ = ["KV", "B", "EmptyRows", "FloorDiv", "H", "Mask", "Q", "Table", "Where", "print_expression"]
+
 EmptyRows = Literal["zero", "mean", "nan"]
-B, H, Q, KV = sympy.symbols("b h q kv", integer=True, nonnegative=True)
-
-
-class FloorDiv(sympy.Function):  # type: ignore[misc]
-    """Integer division rounding down, as Python's `//`."""
-
-    is_integer = True
-
-    @classmethod
-    def eval(cls, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic | None:
-        if b == 1:
-            return a
-        if a.is_Integer and b.is_Integer and b != 0:
-            return sympy.Integer(int(a) // int(b))
-        return None
-
-
-class Where(sympy.Function):  # type: ignore[misc]
-    """`Where(condition, a, b)`: a where the condition holds, b elsewhere."""
-
-    @classmethod
-    def eval(cls, condition: sympy.Basic, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic | None:
-        if condition == sympy.true or a == b:
-            return a
-        if condition == sympy.false:
-            return b
-        return None
 
 
 @dataclass(frozen=True)
@@ -48,6 +28,20 @@ class Table:
     name: str
     node: Any = field(compare=False)
     axes: int = 0
+
+    @property
+    def label(self) -> str:
+        """The tensor's name, and the input that it is computed from when that is one other tensor."""
+        stack, inputs, met = [self.node], set[str](), set[Any]()
+        while stack:
+            node = stack.pop()
+            if not isinstance(node, torch.fx.Node) or node in met:
+                continue
+            met.add(node)
+            if node.op == "placeholder" or len(met) > 64:
+                inputs.add(node.name)
+            stack.extend(node.all_input_nodes if len(inputs) < 2 else [])
+        return f"{self.name} of {inputs.pop()}" if len(inputs) == 1 and self.name not in inputs else self.name
 
 
 @dataclass(frozen=True)
@@ -81,10 +75,7 @@ class Mask:
         """The field's name for the predicate: full, causal, window(8), padding(attention_mask), and conjunctions."""
         if self.predicate is None:
             return "opaque"
-        if self.is_full:
-            return "full"
-        parts = sorted((_family(part) for part in _conjuncts(self.predicate)), key=_family_order)
-        return " & ".join(parts)
+        return family_name(self.predicate, {table.name: table.label for table in self.tables})
 
     def text(self) -> str | None:
         """The predicate in the operators' expression language; None for a full or opaque mask.
@@ -124,110 +115,6 @@ class Mask:
             "empty_rows": self.empty_rows,
             "evidence": list(self.evidence),
         }
-
-
-def _conjuncts(predicate: Boolean) -> tuple[Boolean, ...]:
-    return predicate.args if isinstance(predicate, sympy.And) else (predicate,)
-
-
-_ORDER = ("full", "causal", "window", "chunk", "prefix", "documents", "padding")
-
-
-def _family_order(name: str) -> tuple[int, str]:
-    rank = next((i for i, family in enumerate(_ORDER) if name.startswith(family)), len(_ORDER))
-    return rank, name
-
-
-def _band(part: Boolean) -> tuple[int, sympy.Basic] | None:
-    """(+1, c) for q - kv >= c, (-1, c) for q - kv <= c; None for what is not a band."""
-    if not isinstance(part, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return None
-    left, right = (part.lhs, part.rhs) if isinstance(part, (sympy.Ge, sympy.Gt)) else (part.rhs, part.lhs)
-    difference = sympy.expand(left - right) - (1 if isinstance(part, (sympy.Lt, sympy.Gt)) else 0)
-    for sign in (1, -1):
-        rest = sympy.expand(difference - sign * (Q - KV))
-        if not rest.free_symbols & {Q, KV, B, H} and not rest.atoms(sympy.core.function.AppliedUndef):
-            return sign, -rest if sign == 1 else rest
-    return None
-
-
-def _table_of(expression: sympy.Basic) -> str | None:
-    found = list(expression.atoms(sympy.core.function.AppliedUndef))
-    return found[0].func.__name__ if len(found) == 1 else None
-
-
-def _family(part: Boolean) -> str:
-    band = _band(part)
-    if band is not None:
-        sign, c = band
-        if sign == 1:
-            return "causal" if c == 0 else f"causal({-c})"
-        return f"window({c + 1})"
-    if isinstance(part, (sympy.Ne, sympy.core.function.AppliedUndef)):
-        name = _table_of(part)
-        free = part.free_symbols & {B, H, Q, KV}
-        if name and free <= {B, KV} and KV in free:
-            return f"padding({name})"
-    if isinstance(part, sympy.Eq):
-        left, right = part.args
-        if left.xreplace({Q: KV}) == right.xreplace({Q: KV}) and left != right:
-            chunks = [e for e in left.atoms(FloorDiv) if e.args[1].is_Integer]
-            if chunks and not left.atoms(sympy.core.function.AppliedUndef):
-                return f"chunk({chunks[0].args[1]})"
-            name = next(iter(sorted(f.func.__name__ for f in left.atoms(sympy.core.function.AppliedUndef))), None)
-            if name:
-                return f"documents({name})"
-    return print_expression(part, {}, {})
-
-
-_RELATIONS = {"Le": "<=", "Lt": "<", "Ge": ">=", "Gt": ">", "Eq": "==", "Ne": "!=", "LessThan": "<=", "StrictLessThan": "<",
-              "GreaterThan": ">=", "StrictGreaterThan": ">", "Equality": "==", "Unequality": "!="}  # fmt: skip
-
-
-def print_expression(e: sympy.Basic, tables: dict[str, str], sizes: dict[sympy.Symbol, str]) -> str:
-    """Print a predicate in the operators' expression language (Python syntax).
-
-    tables and sizes rename; a name that is absent keeps its own.  Raises ValueError for what the language lacks.
-    """
-
-    def go(x: sympy.Basic) -> str:
-        if x == sympy.true or x == sympy.false:
-            return "True" if x == sympy.true else "False"
-        if isinstance(x, sympy.Symbol):
-            return sizes.get(x, x.name)
-        if x.is_Integer:
-            return str(int(x))
-        if isinstance(x, sympy.core.function.AppliedUndef):
-            name = x.func.__name__
-            return f"{tables.get(name, name)}[{', '.join(go(a) for a in x.args)}]"
-        if isinstance(x, sympy.core.relational.Relational):
-            return f"({go(x.lhs)} {_RELATIONS[type(x).__name__]} {go(x.rhs)})"
-        if isinstance(x, (sympy.And, sympy.Or)):
-            glue = " & " if isinstance(x, sympy.And) else " | "
-            return "(" + glue.join(sorted(go(a) for a in x.args)) + ")"
-        if isinstance(x, sympy.Not):
-            return f"~{go(x.args[0])}"
-        if isinstance(x, FloorDiv):
-            return f"({go(x.args[0])} // {go(x.args[1])})"
-        if isinstance(x, sympy.Mod):
-            return f"({go(x.args[0])} % {go(x.args[1])})"
-        if isinstance(x, sympy.Abs):
-            return f"abs({go(x.args[0])})"
-        if isinstance(x, Where):
-            return f"where({', '.join(go(a) for a in x.args)})"
-        if isinstance(x, sympy.Add):
-            return "(" + " + ".join(go(a) for a in x.args) + ")"
-        if isinstance(x, sympy.Mul):
-            return "(" + " * ".join(go(a) for a in x.args) + ")"
-        if isinstance(x, (sympy.Min, sympy.Max)):
-            name = "min" if isinstance(x, sympy.Min) else "max"
-            text = go(x.args[0])
-            for a in x.args[1:]:
-                text = f"{name}({text}, {go(a)})"
-            return text
-        raise ValueError(f"a mask predicate uses {x}, which the expression language lacks.")
-
-    return go(e)
 
 
 def _bounds(e: sympy.Basic, box: dict[sympy.Symbol, tuple[int, int]]) -> tuple[int, int] | None:
