@@ -1,0 +1,66 @@
+"""Counts, while a model runs, every softmax and every attention call that PyTorch really executes, by user source line."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = __file__
+COUNTED = {
+    "_softmax": "softmax",
+    "_safe_softmax": "sdpa",
+    "_scaled_dot_product_flash_attention_for_cpu": "sdpa",
+    "_scaled_dot_product_flash_attention": "sdpa",
+    "_scaled_dot_product_efficient_attention": "sdpa",
+    "_scaled_dot_product_cudnn_attention": "sdpa",
+    "_scaled_dot_product_fused_attention_overrideable": "sdpa",
+    "_native_multi_head_attention": "sdpa",
+    "_transformer_encoder_layer_fwd": "sdpa",
+    "flex_attention": "sdpa",
+}
+"""Operators below the dispatcher: whatever was written, one of these runs once for each softmax over scores."""
+
+
+class SoftmaxCounter(TorchDispatchMode):
+    """Inside the block, `lines` counts executions by (operator kind, "file:line").
+
+    kind: "softmax" or "sdpa".  A call site that n layers execute counts n times.  log_softmax is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def executed(self) -> int:
+        """How many softmaxes and attention calls ran."""
+        return sum(self.lines.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = getattr(func, "overloadpacket", func)
+        counted = COUNTED.get(getattr(packet, "__name__", ""))
+        if counted is not None:
+            self.lines[counted, _user_line(sys._getframe(1))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _user_line(frame: FrameType | None) -> str:
+    """The innermost line that is neither PyTorch's nor ours."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_TORCH) and name != _HERE and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def short(source: str) -> str:
+    """A source line without the folders above its file's own."""
+    return "/".join(Path(source).parts[-2:])

@@ -1,0 +1,109 @@
+"""The same model through Dynamo and through a core-ATen program: the sites have to be those that export shows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from softmax_counter import short
+from torch import nn
+from torch.export import Dim
+from zoo import call
+
+from subquad.backend import rewrite_dynamo_graph
+from subquad.capture import capture
+from subquad.ir.report import Report
+from subquad.ir.site import Site
+from subquad.pass_spec import parse_passes
+from subquad.recognition import recognise
+
+Words = tuple[Any, ...]
+
+
+def site_words(site: Site) -> dict[str, Any]:
+    """What two captures of one site have to agree on."""
+    return {
+        "path": site.path, "scale": site.scale, "mask": site.mask.family, "heads": site.heads, "kv_heads": site.kv_heads,
+        "head_dim": site.head_dim, "biases": len(site.biases), "softcap": site.softcap, "sinks": site.sinks is not None,
+    }  # fmt: skip
+
+
+def refusal_words(report: Report) -> list[tuple[str, str]]:
+    """Reason and source line of each softmax or attention call that is refused."""
+    return [(r.reason, short(r.source)) for r in report.refusals if r.what in ("softmax", "attention")]
+
+
+def through_dynamo(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Site], list[tuple[str, str]], int, Any]:
+    """Sites, refusals and number of graphs of the model under torch.compile, and its output with `fuse` applied.
+
+    Every graph that Dynamo makes is rewritten and then run as it is, without a compiler behind it.
+    """
+    sites: list[Site] = []
+    refusals: list[tuple[str, str]] = []
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        rewritten, report = rewrite_dynamo_graph(graph, example, parse_passes("fuse"))
+        sites.extend(report.sites)
+        refusals.extend(refusal_words(report))
+        return rewritten.forward
+
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            output = call(torch.compile(model, backend=backend), inputs)
+    finally:
+        torch._dynamo.reset()
+    return sites, refusals, graphs, output
+
+
+def through_core_aten(
+    model: nn.Module, inputs: dict[str, Any], symbolic: bool = False
+) -> tuple[list[Site], list[tuple[str, str]]]:
+    """Sites and refusals of the exported program after `run_decompositions()`: no SDPA call is left in it.
+
+    symbolic: batch and length stay symbolic, which takes torch three times as long.
+    """
+    dynamic = {name: _symbolic(x) if isinstance(x, torch.Tensor) else None for name, x in inputs.items()}
+    with torch.no_grad():
+        program = torch.export.export(model, (), dict(inputs), dynamic_shapes=dynamic if symbolic else None, strict=False)
+        report = recognise(capture(program.run_decompositions()), Report())
+    return list(report.sites), refusal_words(report)
+
+
+def _symbolic(tensor: torch.Tensor) -> dict[int, Any]:
+    """Batch, and for text the length too."""
+    return dict.fromkeys((0,) if tensor.is_floating_point() else (0, 1), Dim.AUTO)
+
+
+def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[str]:
+    """How two lists of site words differ, in order; equal lists give none.
+
+    Paths are compared by what stands in front of a call suffix, masks by family, numbers to six digits.
+    """
+    if len(one) != len(other):
+        count = Counter(_plain(s["path"]) for s in one)
+        count.subtract(Counter(_plain(s["path"]) for s in other))
+        odd = [f"{path} {n:+d}" for path, n in count.items() if n]
+        return [f"{len(one)} sites against {len(other)}: {', '.join(odd[:3])}"]
+    found = []
+    for a, b in zip(one, other, strict=True):
+        odd = [f"{key} {a[key]} ≠ {b[key]}" for key in a if key != "path" and not _equal(a[key], b[key])]
+        if odd:
+            found.append(f"{a['path']}: {', '.join(odd)}")
+    return found
+
+
+def _plain(path: str) -> str:
+    return path.partition("@")[0].partition("#")[0]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-5)
+    return bool(a == b)

@@ -1,0 +1,196 @@
+"""One architecture through the compiler: what ran, what was recognised or refused, and whether the rewritten model is right."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from softmax_counter import SoftmaxCounter, short
+from torch import nn
+from zoo import Specimen, call
+from zoo_dialects import differences, refusal_words, site_words, through_core_aten, through_dynamo
+from zoo_inputs import inputs_of
+from zoo_judge import Case, broken, cases, floating, outputs
+
+from subquad.application import restore
+from subquad.capture import capture
+from subquad.ir.report import Report
+from subquad.pass_spec import parse_passes
+from subquad.pipeline import carry_out, choose
+from subquad.recognition import recognise
+
+NOT_ATTENTION = ("a router, pooling or classifier",)
+"""Phrases of the refusals that say that a softmax is no attention at all."""
+
+
+@dataclass
+class Path:
+    """What one way into the compiler showed: export, Dynamo or core ATen.
+
+    sites: the words of each recognised site.  refusals: reason and source of each softmax that is none.  failed: what was
+    raised, in which stage.  wrong: cases that broke the contract.  odd: differences to the sites that export showed.
+    """
+
+    tried: bool = False
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
+    not_rewritten: list[str] = field(default_factory=list)
+    failed: str = ""
+    stage: str = ""
+    trace: str = ""
+    wrong: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    graphs: int = 1
+
+    @property
+    def routers(self) -> int:
+        """Softmaxes that are refused because they are no attention."""
+        return sum(any(phrase in reason for phrase in NOT_ATTENTION) for reason, _ in self.refusals)
+
+
+@dataclass
+class Outcome:
+    """What happened to one architecture in one spelling; plain data.
+
+    executed: softmaxes and attention calls at run time, by source line in `lines`.  seconds: wall time by stage.
+    fused: attentions that Inductor's own patterns fuse, None when it was not asked or failed.
+    """
+
+    name: str
+    spelling: str
+    executed: int = 0
+    lines: dict[str, int] = field(default_factory=dict)
+    export: Path = field(default_factory=Path)
+    dynamo: Path = field(default_factory=Path)
+    core: Path = field(default_factory=Path)
+    fused: int | None = None
+    nodes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
+
+    def silent(self, path: Path) -> int:
+        """Executed softmaxes that a way into the compiler does not account for, unless it failed."""
+        return 0 if path.failed and not path.sites else max(0, self.executed - len(path.sites) - len(path.refusals))
+
+    def json(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        return asdict(self)
+
+
+def run(specimen: Specimen, ways: Sequence[str] = ("dynamo", "core")) -> Outcome:
+    """Export, recognise, rewrite with `fuse` and compare; then the sites of Dynamo's graphs and of the core-ATen program.
+
+    Whatever is raised is recorded.
+    """
+    entry = specimen.architecture
+    outcome = Outcome(entry.name, specimen.spelling)
+    inputs = inputs_of(specimen.model, entry.kind)
+    with SoftmaxCounter() as counter, torch.no_grad():
+        call(specimen.model, inputs)
+    outcome.executed = counter.executed
+    outcome.lines = {f"{what} {short(line)}": n for (what, line), n in counter.lines.items()}
+    if not outcome.executed:
+        return outcome
+    _guarded(outcome, outcome.export, lambda: _through_export(specimen, inputs, outcome))
+    if "dynamo" in ways:
+        _guarded(outcome, outcome.dynamo, lambda: _through_dynamo(specimen, inputs, outcome))
+    if "core" in ways:
+        _guarded(outcome, outcome.core, lambda: _through_core_aten(specimen, inputs, outcome))
+    return outcome
+
+
+def _guarded(outcome: Outcome, path: Path, work: Callable[[], None]) -> None:
+    """Do the work of one way into the compiler; what it raises stays with that way."""
+    path.tried = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            work()
+    except Exception as error:
+        path.failed = f"{type(error).__name__}: {str(error).strip()[:400]}"
+        path.stage = outcome.stage
+        path.trace = "".join(traceback.format_exception(error)[-8:])[-1800:]
+
+
+def _through_export(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome) -> None:
+    model, kind, path = specimen.model, specimen.architecture.kind, outcome.export
+    with _stage(outcome, "capture"):
+        captured = capture(model, inputs)
+    with _stage(outcome, "recognise"):
+        report = recognise(captured, Report())
+    path.sites = [site_words(site) for site in report.sites]
+    path.refusals = refusal_words(report)
+    outcome.nodes = len(captured.graph.graph.nodes)
+    if not report.sites:
+        return
+    with _stage(outcome, "original"):
+        tried = cases(model, kind)
+        before = {case: outputs(model, kind, case) for case in tried}
+        judges = _judges(model, kind, tried)
+    with _stage(outcome, "rewrite"):
+        steps = choose(parse_passes("fuse"), report.sites, report)
+        path.not_rewritten = [f"{r.path}: {r.reason}" for r in report.refused]
+        carry_out(captured, report, steps, verify=False)
+    try:
+        with _stage(outcome, "compare"):
+            for case in tried:
+                said = broken(before[case], judges.get(case), outputs(model, kind, case))
+                if said:
+                    path.wrong.append(f"size {case[0]}, padding {case[1]}: {said}")
+    finally:
+        restore(model)
+    with _stage(outcome, "restore"):
+        if broken(before[tried[0]], None, outputs(model, kind, tried[0])):
+            path.wrong.append("restore does not give back the original")
+
+
+def _through_dynamo(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome) -> None:
+    path = outcome.dynamo
+    with _stage(outcome, "dynamo"):
+        with torch.no_grad():
+            before = floating(call(specimen.model, inputs))
+        sites, path.refusals, path.graphs, output = through_dynamo(specimen.model, inputs)
+    path.sites = [site_words(site) for site in sites]
+    said = broken(before, None, floating(output))
+    path.wrong = [said] if said else []
+    path.odd = differences(outcome.export.sites, path.sites) if not outcome.export.failed else []
+
+
+def _through_core_aten(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome) -> None:
+    path = outcome.core
+    with _stage(outcome, "core"):
+        sites, path.refusals = through_core_aten(specimen.model, inputs)
+    path.sites = [site_words(site) for site in sites]
+    path.odd = differences(outcome.export.sites, path.sites) if not outcome.export.failed else []
+
+
+def _judges(model: nn.Module, kind: str, tried: list[Case]) -> dict[Case, list[torch.Tensor]]:
+    """Float64 outputs; without those of cases that the original cannot run in float64."""
+    found = {}
+    for case in tried:
+        try:
+            found[case] = outputs(model, kind, case, double=True)
+        except Exception:
+            continue
+    return found
+
+
+class _stage:
+    """Records the time of a stage, and which stage raised."""
+
+    def __init__(self, outcome: Outcome, name: str) -> None:
+        self.outcome, self.name = outcome, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+        self.outcome.stage = self.name
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.outcome.seconds[self.name] = round(time.perf_counter() - self.start, 3)
+        if kind is None:
+            self.outcome.stage = ""
