@@ -10,7 +10,7 @@ import torch
 import torch.fx
 
 import subquad.kernels  # noqa: F401  (registers the operators)
-from subquad.emitter import Emitter
+from subquad.ir.emitter import Emitter
 from subquad.ir.graph import dtype_of, rank_of, value_of
 from subquad.ir.mask import KV, B, Mask
 from subquad.ir.rewrite import SiteOperator
@@ -96,7 +96,7 @@ def _term(emitter: Emitter, bias: Bias, q: Node) -> Node:
         hidden = emitter.call(torch.ops.aten.ne.Scalar, node, 0)
     if bias.role == "keep":
         hidden = emitter.call(torch.ops.aten.logical_not.default, hidden)
-    return emitter.call(torch.ops.aten.masked_fill.Scalar, zeros, hidden, float("-inf"))
+    return emitter.call(torch.ops.aten.masked_fill.Scalar, zeros, hidden, bias.fill)
 
 
 def _sinks(emitter: Emitter, site: Site) -> Node | None:

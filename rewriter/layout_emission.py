@@ -13,7 +13,7 @@ from torch.utils._sympy.functions import CleanDiv
 from torch.utils._sympy.functions import FloorDiv as TorchFloorDiv
 from torch.utils._sympy.functions import Mod as TorchMod
 
-from subquad.emitter import Emitter
+from subquad.ir.emitter import Emitter
 from subquad.ir.graph import rank_of, shape_of, value_of
 from subquad.ir.mask import FloorDiv
 from subquad.ir.site import Operand, ScoreTensor, Site, View

@@ -18,6 +18,7 @@ from subquad.ir.site import Bias, CanonicalAxes, Site
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
 from subquad.passes.recognize.chain import PROJECTION, is_weight, read_chain
+from subquad.passes.recognize.empty_rows import empty_rows, unambiguous
 from subquad.passes.recognize.frame import DIM, Frame, digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_reading import MaskReader
@@ -25,7 +26,7 @@ from subquad.passes.recognize.normalisation import Normalised, read_softmax
 from subquad.passes.recognize.operands import Peeled, peel, size_of_axes
 from subquad.passes.recognize.product import Product
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import MaskSource, ScoreReader, Scores, read_scores
+from subquad.passes.recognize.score_chain import LOW, MaskSource, ScoreReader, Scores, read_scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, visible
 from subquad.passes.recognize.weighting import read_weighting
 
@@ -118,15 +119,15 @@ class _Finder:
     def _sdpa_mask(self, scores: Scores, mask: Node, node: Node, reader: ScoreReader) -> tuple[Scores, EmptyRows]:
         element = reader.element(mask, node)
         if dtype_of(mask) == torch.bool or is_boolean(element):
-            seen, infinite, role = as_condition(element), True, "keep"
+            seen, fill, role = as_condition(element), float("-inf"), "keep"
         else:
             read = visible(element)
             if read is None:
                 tensor = reader.over_scores(mask, node)
                 return replace(scores, biases=(Bias(tensor.node, tensor.views),)), "zero"
-            seen, infinite, role = *read, "low"
-        source = MaskSource(reader.in_frame(seen, node), mask, node, role)
-        return replace(scores, masks=(*scores.masks, source)), "zero" if infinite else "mean"
+            seen, fill, role = read[0], float("-inf") if read[1] else LOW, "low"
+        source = MaskSource(reader.in_frame(seen, node), mask, node, role, fill)
+        return replace(scores, masks=(*scores.masks, source)), "zero" if source.infinite else "mean"
 
     def _from_softmax(self, found: Normalised) -> Site:
         chain = read_chain(found.x, found.dim)
@@ -152,9 +153,9 @@ class _Finder:
         v_read = peel(weighting.values, weighting.indices, frame, frame.key, None)
         passed = (*scores.passed, *found.passed, *weighting.passed)
         scores = replace(scores, passed=passed, words=(*scores.words, found.word))
-        empty: EmptyRows = "zero" if scores.predicate == sympy.true else "nan" if scores.infinite else "mean"
-        if weighting.empty_rows is not None and scores.predicate != sympy.true:
-            empty = weighting.empty_rows
+        if weighting.empty_rows is None:
+            scores = unambiguous(scores, reader)
+        empty = empty_rows(scores, weighting.empty_rows, found.safe)
         return self._site(
             found.node, "softmax", weighting.out, weighting.out_axes, q_read, k_read, v_read, reader, scores, empty
         )

@@ -19,7 +19,7 @@ from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 Node = torch.fx.Node
 Indices = tuple[sympy.Basic, ...]
 VIEWS = frozenset(
-    ["view", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "unsqueeze", "squeeze", "expand", "repeat",
+    ["view", "flatten", "unflatten", "transpose", "t", "reversed", "permute", "movedim", "unsqueeze", "squeeze", "expand", "repeat",
      "contiguous"]
 )  # fmt: skip
 JOINED = frozenset(["cat", "pad"])
@@ -146,14 +146,15 @@ def _roles(keys: IndexMap, queries: list[sympy.Basic], key: int, shape: tuple[An
     if query is None:
         query = next((n for n in (len(shape) - 2, len(shape) - 1) if n >= 0 and n != key and is_one(shape[n])), None)
     rest = [n for n in range(len(shape)) if n not in (query, key)]
-    while len(rest) > 1 and is_one(shape[rest[-1]]):
-        rest.pop()
-    if len(rest) < 2 or not isinstance(shape[rest[-1]], int):
+    wide = [n for n in rest if not is_one(shape[n])]
+    fixed = [n for n in wide if isinstance(shape[n], int)]
+    if not fixed or len(rest) < 2:
         return Frame(shape, tuple(rest), (), query, key)
-    heads = 1
-    while heads < len(rest) - 1 and _keys_lack(keys, shape, rest[-heads]) and isinstance(shape[rest[-heads - 1]], int):
-        heads += 1
-    return Frame(shape, tuple(rest[:-heads]), tuple(rest[-heads:]), query, key)
+    heads = [fixed[-1]]
+    others = [n for n in rest if n not in wide] + [n for n in wide if n not in heads]
+    while len(others) > 1 and others[-1] in fixed and others[-1] < heads[0] and _keys_lack(keys, shape, heads[0]):
+        heads.insert(0, others.pop())
+    return Frame(shape, tuple(others), tuple(heads), query, key)
 
 
 def _keys_lack(keys: IndexMap, shape: tuple[Any, ...], place: int) -> bool:
@@ -198,22 +199,36 @@ def is_score_product(node: Node) -> bool:
 
 
 def is_weight(value: Any) -> bool:
-    """True for a parameter, possibly behind views: the second factor of a projection."""
+    """True for a parameter or buffer, possibly behind views and lifted to an input: the second factor of a projection."""
     while isinstance(value, Node) and kind(value) in VIEWS | {"cast"}:
         value = arguments(value)["x"]
-    return isinstance(value, Node) and value.op == "get_attr"
+    if not isinstance(value, Node):
+        return False
+    lifted = (value.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return value.op == "get_attr" or (value.op == "placeholder" and lifted is not None)
 
 
 def _why_no_product(node: Node) -> str:
-    while kind(node) in VIEWS | {"slice", "select", "getitem"} and isinstance(node.args[0], Node):
-        node = node.args[0]
-    name = kind(node)
-    if name in ("linear", "addmm") or name in PRODUCTS:
+    """Look further up for what the softmax is taken of."""
+    name = kind(node) or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
+    source = node
+    while kind(source) in VIEWS | PICKED and isinstance(source.args[0], Node):
+        source = source.args[0]
+    if kind(source) in ("linear", "addmm") or (kind(source) in PRODUCTS and not is_score_product(source)):
         return PROJECTION
-    what = name or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
-    return f"no product of queries and keys feeds the softmax: the walk up ended at `{what}`"
+    frontier, seen = [node], {node}
+    for here in frontier:
+        if here is not node and is_score_product(here):
+            return f"`{name}` between the product of queries and keys and the softmax is not understood"
+        if len(seen) < FURTHEST:
+            new = [n for n in here.all_input_nodes if n not in seen]
+            seen.update(new)
+            frontier.extend(new)
+    return f"no product of queries and keys feeds the softmax: the walk up ended at `{name}`"
 
 
+PICKED = frozenset(["slice", "select", "getitem", "topk", "cast", "unbind"])
+FURTHEST = 24
 PROJECTION = (
     "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
     "a router, pooling or classifier, which no attention rewrite applies to"

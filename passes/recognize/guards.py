@@ -10,6 +10,7 @@ import torch.fx
 from subquad.ir.mask import EmptyRows, Where
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import Indices
+from subquad.passes.recognize.condition import same_condition
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import ScoreReader, Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean
@@ -32,7 +33,7 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
         reader.places.setdefault(user, place)
         factor = reader.element(a["b"] if a["a"] is probabilities else a["a"], user)
         shown = visible_where(factor)
-        if shown is None or reader.in_frame(shown, user) != scores.predicate:
+        if shown is None or not same_condition(reader.in_frame(shown, user), scores.predicate):
             raise NotAttention("the attention probabilities are multiplied by something else than their mask", user)
         return "nan" if scores.infinite else "zero"
     if kind(user) == "masked_fill":
@@ -48,7 +49,7 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
     reader.places.setdefault(user, place)
     seen = as_condition(reader.element(condition, user))
     seen = reader.in_frame(sympy.Not(seen) if hidden_when else seen, user)
-    if seen != scores.predicate:
+    if not same_condition(seen, scores.predicate):
         raise NotAttention("probabilities are set to zero after the softmax for other keys than the mask hides", user)
     return "zero"
 

@@ -30,6 +30,8 @@ def trace_view(start: IndexMap) -> IndexMap | None:
     """One step back through a view; None when the node is no view or the step cannot be expressed."""
     node, indices = start.node, start.indices
     name = kind(node)
+    if name in ("stack", "cat"):
+        return _copies(node, indices)
     if name in _STEPS:
         a = arguments(node)
         base = a["x"]
@@ -42,6 +44,19 @@ def trace_view(start: IndexMap) -> IndexMap | None:
         moved = _STEPS[name](a, indices, shape, shape_of(node) or ())
         return None if moved is None else IndexMap(base, moved)
     return None
+
+
+def _copies(node: Node, indices: Indices) -> IndexMap | None:
+    """A stack or concatenation of one tensor several times is a repetition of it."""
+    a = arguments(node)
+    parts, shape = list(a["tensors"]), shape_of(node) or ()
+    if any(part is not parts[0] for part in parts):
+        return None
+    along = a["dim"] % len(shape)
+    if kind(node) == "stack":
+        return IndexMap(parts[0], indices[:along] + indices[along + 1 :])
+    inner = sympy.Mod(indices[along], size_of((shape_of(parts[0]) or ())[along]))
+    return IndexMap(parts[0], (*indices[:along], inner, *indices[along + 1 :]))
 
 
 def viewed(view: Node, base: Node, indices: Indices) -> Indices | None:
@@ -283,6 +298,7 @@ _STEPS = {
     "unflatten": _flatten,
     "transpose": _transpose,
     "t": _t,
+    "reversed": lambda a, i, base, out: i[::-1],
     "permute": _permute,
     "movedim": _movedim,
     "repeat": _repeat,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx
 
 from subquad.ir.graph import rank_of
@@ -23,7 +24,7 @@ class Normalised:
 
     extra_logit: a further logit in the denominator (softmax-plus-one has 0), None for none.  word: how it is spelled.
     passed: interior nodes of a softmax that is written out.  divided: the node that divides weighted values by the sum of
-    the exponentials, where `node` gives the exponentials alone.
+    the exponentials, where `node` gives the exponentials alone.  safe: rows without any key get zeros.
     """
 
     node: Node
@@ -33,6 +34,7 @@ class Normalised:
     word: str = "softmax"
     passed: tuple[Node, ...] = ()
     divided: Node | None = None
+    safe: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def read_softmax(node: Node) -> Normalised | None:
     name = kind(node)
     if name in ("softmax", "softmax_core"):
         a = arguments(node)
-        return Normalised(node, a["x"], a["dim"])
+        return Normalised(node, a["x"], a["dim"], safe=node.target is torch.ops.aten._safe_softmax.default)
     if name == "exp":
         return _exponential(node)
     if name in ("div", "mul"):

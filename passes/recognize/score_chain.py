@@ -22,6 +22,8 @@ from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_hard
 Node = torch.fx.Node
 ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
 REDUCTIONS = frozenset(["amax", "maximum", "mean", "logsumexp"])
+LOW = -1e38
+"""Stands for the number that an additive mask adds to hidden scores, which only its tensor tells."""
 DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; call eval()"
 
 
@@ -29,20 +31,27 @@ DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; c
 class MaskSource:
     """One mask that met the scores: what it lets through, the tensor it is, the node where they met.
 
-    source: None for a mask that no tensor holds (is_causal).  role: of the tensor, as in Bias.
+    source: None for a mask that no tensor holds (is_causal).  role: of the tensor, as in Bias.  fill: what hidden scores
+    become, or what is added to them.
     """
 
     predicate: sympy.Basic
     source: Node | None
     met_at: Node
     role: str
+    fill: float = float("-inf")
+
+    @property
+    def infinite(self) -> bool:
+        """True when hidden scores are -inf."""
+        return self.fill == float("-inf")
 
 
 @dataclass(frozen=True)
 class Scores:
     """The scores as read so far: softcap(gain·scale·q·k) + biases, seen where all `masks` let them be.
 
-    infinite: every hidden key was filled with -inf (then a row without keys is NaN).  sinks: a further logit per row.
+    sinks: a further logit per row.
     first_key: where the keys begin on the softmax's axis.  passed: interior nodes.  words: what was read, from the product
     to the softmax.
     """
@@ -53,11 +62,15 @@ class Scores:
     softcap: float | None = None
     biases: tuple[Bias, ...] = ()
     masks: tuple[MaskSource, ...] = ()
-    infinite: bool = True
     sinks: ScoreTensor | float | None = None
     first_key: sympy.Basic = sympy.S.Zero
     passed: tuple[Node, ...] = ()
     words: tuple[str, ...] = ()
+
+    @property
+    def infinite(self) -> bool:
+        """True when every hidden key has -inf: then a row without keys is NaN."""
+        return all(mask.infinite for mask in self.masks)
 
     @property
     def predicate(self) -> sympy.Basic:
@@ -107,7 +120,7 @@ class ScoreReader:
         if name == "cast" or name in VIEWS:
             return scores.after(node, name)
         if name == "dropout":
-            if a["p"] > 0 and a["train"]:
+            if drops_out(a):
                 raise NotAttention(DROPOUT, node, "dropout")
             return scores.after(node, "dropout(0)")
         if name == "tanh":
@@ -218,16 +231,12 @@ class ScoreReader:
             raise NotAttention("the scores are subtracted from something", node)
         other = a["b"] if a["a"] is before else a["a"]
         if isinstance(other, Node) and self._is_of_row(other, node):
-            if scores.sinks is not None:
-                raise NotAttention("the scores are shifted after a sink logit was appended", node)
             return scores.after(node, "minus the row's maximum" if negative else "plus a number of the row")
         return self._plus(scores, node, other, (-1.0 if negative else 1.0) * float(a.get("alpha", 1)))
 
     def _plus(self, scores: Scores, node: Node, other: Any, factor: float) -> Scores:
         number = self.number(other)
         if number is not None and abs(number) < 1e30:
-            if scores.sinks is not None:
-                raise NotAttention("a number is added to the scores after a sink logit was appended", node)
             return scores.after(node, "shift")
         if not isinstance(other, Node):
             raise NotAttention(f"{other} is added to the scores", node)
@@ -237,7 +246,7 @@ class ScoreReader:
                 raise NotAttention("a bias is added to the scores after a sink logit was appended", node)
             tensor = self.over_scores(other, node)
             return scores.after(node, "bias", biases=(*scores.biases, Bias(tensor.node, tensor.views, factor)))
-        return self._masked(scores, node, "mask", read[0], read[1], other, "low")
+        return self._masked(scores, node, "mask", read[0], float("-inf") if read[1] else LOW, other, "low")
 
     def _filled(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         if kind(node) == "masked_fill":
@@ -256,13 +265,13 @@ class ScoreReader:
         if hidden_when:
             seen = sympy.Not(seen)
         role = "hide" if hidden_when else "keep"
-        return self._masked(scores, node, "fill", seen, value == float("-inf"), condition, role)
+        return self._masked(scores, node, "fill", seen, value, condition, role)
 
     def _masked(
-        self, scores: Scores, node: Node, word: str, seen: sympy.Basic, infinite: bool, source: Node, role: str
+        self, scores: Scores, node: Node, word: str, seen: sympy.Basic, fill: float, source: Node, role: str
     ) -> Scores:
-        read = MaskSource(self.in_frame(seen, node), source, node, role)
-        return scores.after(node, word, masks=(*scores.masks, read), infinite=scores.infinite and infinite)
+        read = MaskSource(self.in_frame(seen, node), source, node, role, fill)
+        return scores.after(node, word, masks=(*scores.masks, read))
 
     def _clamped(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         if kind(node) == "clamp":
@@ -289,7 +298,7 @@ class ScoreReader:
 
     def _padded(self, scores: Scores, node: Node, a: dict[str, Any]) -> Scores:
         """One further column of a number beside the keys: a sink that all heads share."""
-        pad, value = list(a["pad"]), self.number(a["value"])
+        pad, value = list(a["pad"]), self.number(a["value"] or 0.0)
         last = digit(self.frame.key) in self.places[node][-1].free_symbols
         if sorted(pad) != [0, 1] or not last or a["mode"] != "constant" or value is None or scores.sinks is not None:
             raise NotAttention("the scores are padded with something that is not one sink logit a row", node)
@@ -331,6 +340,11 @@ class ScoreReader:
         if views is None:
             raise NotAttention("the appended logit differs between rows, which a sink per head does not", column)
         return source, views
+
+
+def drops_out(a: dict[str, Any]) -> bool:
+    """True when a dropout with these arguments is active."""
+    return bool(a["train"]) and not (isinstance(a["p"], int | float) and a["p"] == 0)
 
 
 def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:

@@ -18,7 +18,7 @@ from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
 from subquad.passes.recognize.normalisation import Normalised
 from subquad.passes.recognize.product import PRODUCTS, Product, read_product
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, Scores
+from subquad.passes.recognize.score_chain import ScoreReader, Scores, drops_out
 from subquad.passes.recognize.symbolic_tensor import size_of
 
 Node = torch.fx.Node
@@ -65,7 +65,7 @@ def read_weighting(found: Normalised, chain: Chain, scores: Scores, reader: Scor
         name = kind(user)
         if name == "dropout":
             a = arguments(user)
-            if a["p"] > 0 and a["train"]:
+            if drops_out(a):
                 raise NotAttention(
                     "attention dropout is active, which no rewrite can keep exact; call eval()", user, "dropout"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,38 +20,45 @@ class Emitter:
     def __init__(self, module: torch.fx.GraphModule, before: Node) -> None:
         self.graph, self.before = module.graph, before
         self.module = module
+        self.mode = next((mode for node in self.graph.nodes if (mode := _mode_of(value_of(node))) is not None), None)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Insert target(*args, **kwargs)."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self.before.meta:
-                node.meta[key] = self.before.meta[key]
-        concrete = torch.fx.node.map_arg((args, kwargs), value_of)
-        try:
-            with _fake_mode(concrete), torch.no_grad():
-                node.meta["val"] = target(*concrete[0], **concrete[1])
-        except Exception:
-            node.meta["val"] = None
-        return node
+        return self._recorded(node, target)
+
+    def operation(self, like: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """Insert the operation of another node, a function or a method, on other arguments."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node(like.op, like.target, args, kwargs)
+        if like.op == "call_method":
+            return self._recorded(node, lambda x, *rest, **named: getattr(x, str(like.target))(*rest, **named))
+        assert callable(like.target)
+        return self._recorded(node, like.target)
 
     def attribute(self, target: str, value: torch.Tensor) -> Node:
         """Insert a get_attr of a parameter the graph module already holds."""
         with self.graph.inserting_before(self.before):
             node = self.graph.get_attr(target)
-        mode = _mode_of(value_of(n) for n in self.graph.nodes)
-        node.meta["val"] = value if mode is None else mode.from_tensor(value.detach(), static_shapes=True)
+        node.meta["val"] = value if self.mode is None else self.mode.from_tensor(value.detach(), static_shapes=True)
+        return node
+
+    def _recorded(self, node: Node, run: Callable[..., Any]) -> Node:
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+        try:
+            with self.mode if self.mode is not None else nullcontext(), torch.no_grad():
+                node.meta["val"] = run(*args, **kwargs)
+        except Exception:
+            node.meta["val"] = None
         return node
 
 
 def _mode_of(values: Any) -> Any:
-    for value in torch.utils._pytree.tree_leaves(list(values)):
+    for value in torch.utils._pytree.tree_leaves(values):
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return None
-
-
-def _fake_mode(values: Any) -> Any:
-    mode = _mode_of([values])
-    return mode if mode is not None else torch.no_grad()

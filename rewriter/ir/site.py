@@ -55,11 +55,13 @@ class Bias(ScoreTensor):
     """A tensor over the scores that acts after scale and softcap.
 
     role: "add" (factor times the tensor is added), "keep" (a boolean that hides a key where it is False), "hide" (one that
-    hides a key where it is True) or "low" (a number that hides a key where it is at or below -1e30).
+    hides a key where it is True) or "low" (a number that hides a key where it is at or below -1e30).  fill: what "keep" and
+    "hide" add to the scores of a hidden key.
     """
 
     factor: float = 1.0
     role: str = "add"
+    fill: float = float("-inf")
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ KINDS: tuple[Kind, ...] = (
           "transpose swapaxes swapdims",
           input="x", self="x"),
     _kind("t", "x", "t mT", (torch.t,), "t", input="x", self="x"),
+    _kind("reversed", "x", "numpy_T", (), "", input="x", self="x"),
     _kind("permute", "x dims", "permute", (torch.permute,), "permute", input="x", self="x", variadic=True),
     _kind("movedim", "x source destination", "movedim moveaxis", (torch.movedim, torch.moveaxis), "movedim moveaxis",
           self="x", input="x"),
@@ -174,7 +175,8 @@ KINDS: tuple[Kind, ...] = (
     _kind("outer", "a b", "outer ger", (torch.outer,), "outer", self="a", input="a", vec2="b"),
     _kind("flip", "x dims", "flip", (torch.flip,), "flip", self="x", input="x", variadic=True),
     _kind("roll", "x shifts dims=()", "roll", (torch.roll,), "roll", self="x", input="x"),
-    _kind("meshgrid", "tensors indexing=None", "meshgrid", ()),
+    _kind("meshgrid", "tensors", "meshgrid", (torch.meshgrid,), variadic=True),
+    _kind("broadcast_tensors", "tensors", "broadcast_tensors", (torch.broadcast_tensors,), variadic=True),
     _kind("slice_scatter", "x src dim=0 start=None end=None step=1", "slice_scatter", (torch.slice_scatter,),
           "slice_scatter", self="x", input="x"),
     _kind("select_scatter", "x src dim index", "select_scatter", (torch.select_scatter,), "select_scatter", self="x",
@@ -191,6 +193,8 @@ KINDS: tuple[Kind, ...] = (
     _kind("cat", "tensors dim=0", "cat", (torch.cat, torch.concat), "", dim="dim"),
     _kind("sym_size", "x dim=None", "sym_size", (), "size", self="x"),
     _kind("linear", "x weight bias=None", "linear", (F.linear,), "", (), input="x"),
+    _kind("addmm", "bias x weight beta=1 alpha=1", "addmm", (torch.addmm,), "addmm", input="bias", self="bias", mat1="x",
+          mat2="weight"),
     _kind("embedding", "weight indices", "embedding", (), "", ()),
     _kind("topk", "x k dim=-1", "topk", (torch.topk,), "topk", input="x", self="x"),
     _kind("sum", "x dim=None keepdim=False", "sum", (torch.sum,), "sum", self="x", input="x"),
@@ -213,6 +217,7 @@ _BY_PACKET: dict[str, Kind] = {}
 _BY_FUNCTION: dict[Any, Kind] = {}
 _BY_METHOD: dict[str, Kind] = {}
 _BY_MODULE: dict[type, Kind] = {}
+_BY_ATTRIBUTE: dict[str, Kind] = {}
 for _k in KINDS:
     for _n in _k.aten:
         _BY_PACKET.setdefault(_n, _k)
@@ -222,6 +227,7 @@ for _k in KINDS:
         _BY_METHOD.setdefault(_n, _k)
     for _m in _k.modules:
         _BY_MODULE.setdefault(_m, _k)
+    _BY_ATTRIBUTE.update({"t": {"mT": _k}, "reversed": {"T": _k}}.get(_k.name, {}))
 
 
 def module_of(node: torch.fx.Node) -> torch.nn.Module | None:
@@ -239,6 +245,8 @@ def lookup(node: torch.fx.Node) -> Kind | None:
             if node.target.namespace != "aten":
                 return None
             return _BY_PACKET.get(node.target._schema.name.removeprefix("aten::"))
+        if node.target is getattr:
+            return _BY_ATTRIBUTE.get(str(node.args[1]))
         try:
             return _BY_FUNCTION.get(node.target)
         except TypeError:
