@@ -128,8 +128,7 @@ def _write_out(module: torch.fx.GraphModule, node: Node) -> None:
     indices = [_index(emit, q, 0, 0), _index(emit, q, 1, 1), _index(emit, q, 2, 2), _index(emit, k, 2, 3)]
     scores = _applied(emit, parts["score_mod"], (scores, *indices, *parts["score_buffers"]))
     seen = _applied(emit, parts["mask_mod"], (*indices, *parts["mask_buffers"]))
-    hidden = emit.call(aten.logical_not.default, seen)
-    scores = emit.call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
+    scores = emit.call(aten.where.ScalarOther, seen, scores, float("-inf"))
     weights = emit.call(aten._safe_softmax.default, scores, -1)
     if dtype_of(weights) != dtype_of(v):
         weights = emit.call(aten.to.dtype, weights, dtype_of(v))

@@ -52,7 +52,8 @@ def _written_arguments(node: Node) -> list[Node]:
         return _written_by_schema(node, node.target)
     found = list(node_inputs(node.kwargs.get("out")))
     name = getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS
+    plain = node.target in (operator.and_, operator.or_, operator.not_, operator.is_)
+    in_place = not plain and name.endswith("_") and not name.endswith("__") and name not in HARMLESS
     if node.target in IN_PLACE_OPERATORS or in_place or node.kwargs.get("inplace") is True:
         found.extend(node_inputs(node.args[:1]))
     return found
