@@ -14,10 +14,12 @@ from subquad.capture import Capture
 from subquad.emission import emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
-from subquad.ir.errors import PassError
+from subquad.ir.errors import CaptureError, PassError
+from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes
+from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.pipeline import applied_entry, choose, is_selected
@@ -66,9 +68,15 @@ def rewrite_dynamo_graph(
 ) -> tuple[torch.fx.GraphModule, Report]:
     """The graph with every site replaced that gets a pass, and the report; the others stay as they are.
 
+    A graph of which nothing is replaced, or whose writes cannot be made values, is returned itself.
+
     passes: the ones named; None stands for the exact ones that the cost model predicts to pay.
     """
-    graph = functional(graph)
+    original = graph
+    try:
+        graph = functional(flex_written_out(graph))
+    except CaptureError as error:
+        return original, Report(refusals=[Refusal("", "graph", str(error))])
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     capture = Capture(
         graph,
@@ -89,7 +97,7 @@ def rewrite_dynamo_graph(
         log.info("%s", refusal)
     for kept in report.declined:
         log.info("%s: %s", kept.path or "<root>", kept.reason)
-    return copied.graph, report
+    return copied.graph if report.applied else original, report
 
 
 def _fixed(placeholders: list[torch.fx.Node], example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:

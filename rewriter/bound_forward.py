@@ -54,7 +54,7 @@ class BoundForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs, why = self._inputs(args, kwargs)
-        why = why or self._stale()
+        why = why or self.capture.guards.broken(inputs) or self._stale()
         if why is not None:
             if why not in self.warned:
                 self.warned.add(why)
@@ -78,6 +78,11 @@ class BoundForward:
                 hang(self.capture.graph, name, live)
         return None
 
+    def _default(self, name: str) -> Any:
+        """What the forward takes for an argument that the capture did not give; None for one without a default."""
+        parameter = self.signature.parameters.get(name)
+        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str | None]:
         if isinstance(self.root, ProgramModule):
             return ordered_inputs(self.capture, args, kwargs), None
@@ -95,8 +100,9 @@ class BoundForward:
         for name, value in leaves.items():
             if isinstance(value, torch.Tensor):
                 return [], f"it was captured without `{name}`"
-            if name in self.capture.constants and self.capture.constants[name] != value:
-                return [], f"it was captured with {name}={self.capture.constants[name]!r}"
+            expected = self.capture.constants.get(name, self._default(name))
+            if expected is not value and expected != value:
+                return [], f"it was captured with {name}={expected!r}"
         return inputs, None
 
 

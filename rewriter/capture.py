@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from subquad.capture_guards import fixed_size
+from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, symbolic_axes
+from subquad.capture_outputs import adapted_forward
+from subquad.capture_patches import capturable
+from subquad.capture_values import ValueReads
 from subquad.captured import Capture, ProgramModule, ordered_inputs
-from subquad.ir.errors import CaptureError
+from subquad.ir.errors import CaptureError, first_line
+from subquad.ir.graph import shape_of
 from subquad.lifting import from_exported_program
 from subquad.traced_graph import from_symbolic_trace
 
@@ -27,86 +35,130 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
 
     model: nn.Module (captured by torch.export, non-strict, no_grad), torch.fx.GraphModule made by symbolic_trace (taken
     as it is), or ExportedProgram.  example_inputs: tuple of positional or dict of keyword arguments; for a Hugging Face
-    model None makes token ids and a padding mask.  Batch and sequence axes become symbolic.
+    model None makes inputs of its kind.  Batch and sequence axes become symbolic where the forward allows it; where it does
+    not, and where it branches on the content of a tensor, the capture's notes say so and its guards hold the condition.
     Raises CaptureError, naming the line of user code, when the forward cannot be captured.
     """
     if isinstance(model, ExportedProgram):
-        return from_exported_program(model, None, None if example_inputs is None else _arguments(example_inputs))
+        return from_exported_program(model, None, None if example_inputs is None else arguments_of(example_inputs))
     traced = isinstance(model, torch.fx.GraphModule)
     if example_inputs is None and traced:
         raise CaptureError("a graph from symbolic_trace carries no sizes; give example_inputs.")
-    args, kwargs = _arguments(default_inputs(model) if example_inputs is None else example_inputs)
-    args, kwargs = pytree.tree_map_only(torch.Tensor, _widened(args, kwargs), (args, kwargs))
+    args, kwargs = arguments_of(default_inputs(model) if example_inputs is None else example_inputs)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, batch_of_two(args, kwargs), (args, kwargs))
     if _drops_out(model):
         raise CaptureError(
             f"{type(model).__name__} is in training mode with dropout, which no rewrite can keep exact; call model.eval() first."
         )
-    dynamic = pytree.tree_map(_dynamic_axes, (args, kwargs))
-    try:
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-            if isinstance(model, torch.fx.GraphModule):
-                return from_symbolic_trace(model, args, kwargs, dynamic)
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=_by_name(model, dynamic), strict=False)
-    except Exception as error:
-        raise CaptureError(_capture_message(model, error)) from error
-    return from_exported_program(program, model, (args, kwargs))
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), capturable():
+        if isinstance(model, torch.fx.GraphModule):
+            try:
+                return from_symbolic_trace(model, args, kwargs, symbolic_axes((args, kwargs)))
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise CaptureError(_capture_message(model, error)) from error
+        return _Exporting(model, args, kwargs).captured()
 
 
-def default_inputs(model: torch.nn.Module) -> dict[str, Any]:
-    """Example inputs for a Hugging Face text model: ids [2, 8] and a padding mask of ones, without cache.
+@dataclass
+class _Exporting:
+    """One forward with its example arguments, on its way through torch.export.
 
-    Raises CaptureError for any other module, which needs example_inputs.
+    kwargs without a tensor are bound, not passed, so that export never sees them.
     """
-    config = getattr(model, "config", None)
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-    if vocabulary is None:
-        raise CaptureError(
-            f"{type(model).__name__} needs example_inputs: a tuple or dict of the tensors its forward takes."
-        )
-    names = inspect.signature(model.forward).parameters
-    ids = torch.arange(16).reshape(2, 8) * 7919 % vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "use_cache" in names:
-        inputs["use_cache"] = False
-    return inputs
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def captured(self) -> Capture:
+        """The capture with as many symbolic axes as the forward allows, on its own or with the values it branches on."""
+        first: Exception | None = None
+        for reads in self._readings():
+            for axes, given_up in ((2, ""), (1, "all axes but the first"), (0, "all axes")):
+                try:
+                    capture = self._attempt(axes, reads)
+                except CaptureError:
+                    raise
+                except Exception as error:
+                    first = first or error
+                    if _branches_on_values(error):
+                        break
+                    continue
+                if given_up:
+                    capture.notes.append(f"{given_up} are fixed at the example's sizes: {_reason(first)}.")
+                return capture
+            if not _branches_on_values(first):
+                break
+        assert first is not None
+        raise CaptureError(_capture_message(self.model, first)) from first
+
+    def _readings(self) -> Iterator[ValueReads | None]:
+        """Nothing at first; then, for a forward that branches on values, the values it reads on the example."""
+        yield None
+        reads = ValueReads()
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))
+        with reads:
+            self.model(*args, **kwargs)
+        for buffer, value in kept:
+            buffer.copy_(value)
+        if reads.known:
+            yield reads
+
+    def _attempt(self, axes: int, reads: ValueReads | None) -> Capture:
+        bound = {key: value for key, value in self.kwargs.items() if not _tensors(value)}
+        given = self.args, {key: value for key, value in self.kwargs.items() if key not in bound}
+        shapes = symbolic_axes(given, axes)
+        answering = contextlib.nullcontext() if reads is None else reads.capture()
+        with adapted_forward(self.model, bound, shapes, reads) as adapted, answering:
+            program = torch.export.export(
+                self.model, *given, dynamic_shapes=_by_name(self.model, shapes) or None, strict=False
+            )
+        expected = None if reads is None else tuple(value for _, value in reads.answered)
+        capture = from_exported_program(program, self.model, given, expected)
+        capture.constants |= bound
+        capture.arguments = self.args, self.kwargs
+        capture.notes += _fixed_axes(capture, shapes, given)
+        if adapted.classes:
+            names = ", ".join(sorted(adapted.classes))
+            capture.notes.append(f"the output holds {names}, rebuilt at every call from the tensors in it.")
+        if reads is not None:
+            lines = ", ".join(dict.fromkeys(reads.lines))
+            capture.notes.append(
+                f"the forward reads the content of tensors ({lines}); the graph holds where it is what the example had, "
+                "and other calls run the original forward."
+            )
+        return capture
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if (
-        isinstance(example_inputs, tuple)
-        and len(example_inputs) == 2
-        and isinstance(example_inputs[0], tuple)
-        and isinstance(example_inputs[1], dict)
-    ):
-        return example_inputs
-    if isinstance(example_inputs, Sequence):
-        return tuple(example_inputs), {}
-    raise CaptureError(f"example_inputs is a {type(example_inputs).__name__}; give a tuple, a dict or a tensor.")
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _widened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch.export fixes axes of size one, so a batch of one is doubled when every tensor input has it."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    batch_of_one = bool(tensors) and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
-    return lambda t: torch.cat([t, t]) if batch_of_one else t
+def _fixed_axes(capture: Capture, shapes: Any, given: Any) -> list[str]:
+    """A sentence for each axis that was to be symbolic and that the forward fixed."""
+    leaves, structure = pytree.tree_flatten(given)
+    wanted = [
+        a for a, leaf in zip(structure.flatten_up_to(shapes), leaves, strict=True) if isinstance(leaf, torch.Tensor)
+    ]
+    placeholders = [node for node in capture.graph.graph.nodes if node.op == "placeholder"]
+    notes = []
+    for node, axes in zip(placeholders, wanted, strict=False):
+        shape = shape_of(node) or ()
+        fixed = [axis for axis in axes or () if fixed_size(shape[axis]) is not None]
+        notes += [f"`{node.name}` is fixed at size {shape[axis]} along axis {axis}." for axis in fixed]
+    return notes
 
 
-def _dynamic_axes(value: Any) -> Any:
-    """Which axes become symbolic: batch and sequence, never heads, channels or features.
+def _branches_on_values(error: Exception | None) -> bool:
+    text = f"{type(error).__name__} {error}".lower()
+    return "data-dependent" in text or "datadependent" in text or "unbacked" in text or "local_scalar_dense" in text
 
-    [B], [B, T] and [B, T, D] → the first two; [B, H, T, …] and more → the first and the third, and the fourth of a mask
-    [B, H, Tq, Tk] (boolean, or as wide as it is high).  Axes of size one stay fixed.
-    """
-    if not isinstance(value, torch.Tensor):
-        return None
-    axes = {0, 1} if value.dim() < 4 else {0, 2}
-    if value.dim() == 4 and (value.dtype == torch.bool or value.shape[2] == value.shape[3]):
-        axes.add(3)
-    return {axis: Dim.AUTO for axis in axes if axis < value.dim() and value.shape[axis] != 1}
+
+def _reason(error: Exception | None) -> str:
+    return first_line(error) if error is not None else "torch.export refuses them"
 
 
 def _by_name(model: torch.nn.Module, dynamic: Any) -> dict[str, Any]:
@@ -118,10 +170,6 @@ def _by_name(model: torch.nn.Module, dynamic: Any) -> dict[str, Any]:
             rest = tuple(positional)
             if rest:
                 named[name] = rest
-        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            extra = {key: value for key, value in kwargs.items() if key not in named}
-            if extra:
-                named[name] = extra
         elif name in kwargs:
             named[name] = kwargs[name]
         else:
@@ -137,12 +185,8 @@ def _drops_out(model: torch.nn.Module) -> bool:
 
 
 def _capture_message(model: torch.nn.Module, error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    torch_root = torch.__path__[0]
-    user = [
-        f for f in frames if not f.filename.startswith(torch_root) and "subquad" not in f.name and f.name != "capture"
-    ]
-    user = [f for f in user if f.filename != __file__]
+    library = (torch.__path__[0], os.path.dirname(__file__))
+    user = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(library)]
     where = f" at {user[-1].filename}:{user[-1].lineno} (`{user[-1].line}`)" if user else ""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"the forward of {type(model).__name__} cannot be captured{where}: {first[:300]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from subquad.capture_guards import Guards
 from subquad.ir.graph import attribute
 
 
@@ -23,6 +24,8 @@ class Capture:
     which are the forward's argument names.  constants: non-tensor arguments the graph was captured with.
     out_spec: pytree of the original's output; the graph returns its leaves as a tuple.
     dialect: "aten" (torch.export) or "torch" (Dynamo, symbolic_trace).  example: the tensors captured with.
+    guards: what the inputs must be for the graph to be the forward's.  notes: sentences on what was fixed or adapted.
+    arguments: the call that was captured, None where there was none (a program, a Dynamo graph).
     """
 
     graph: torch.fx.GraphModule
@@ -33,6 +36,19 @@ class Capture:
     constants: dict[str, Any] = field(default_factory=dict)
     out_spec: pytree.TreeSpec | None = None
     known_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    guards: Guards = field(default_factory=Guards)
+    notes: list[str] = field(default_factory=list)
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def call(self, root: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Call a module of the root's kind with these tensors, by input name, where the example had its own."""
+        if self.arguments is None or isinstance(root, torch.fx.GraphModule | ProgramModule):
+            return root(*[tensors[name] for name in self.inputs])
+        leaves, structure = pytree.tree_flatten(self.arguments)
+        names = iter(self.inputs)
+        filled = [tensors[next(names)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, structure)
+        return root(*args, **kwargs)
 
     def written(self) -> list[str]:
         """The names of the root's parameters and buffers that a call of the forward changes."""
@@ -63,7 +79,10 @@ class ProgramModule(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program's graph on this module's parameters."""
         capture: Capture = self.__dict__["_subquad_program"]
-        leaves = capture.graph(*ordered_inputs(capture, args, kwargs))
+        inputs = ordered_inputs(capture, args, kwargs)
+        if why := capture.guards.broken(inputs):
+            raise ValueError(f"the program does not hold for this call: {why}.")
+        leaves = capture.graph(*inputs)
         return leaves if capture.out_spec is None else pytree.tree_unflatten(list(leaves), capture.out_spec)
 
 

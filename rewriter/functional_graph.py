@@ -1,8 +1,9 @@
-"""Make captured graphs functional before anything reads them: no node of theirs writes into a tensor."""
+"""Make an exported program functional by torch's own means, and tell whether a graph is."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.fx
@@ -20,7 +21,8 @@ def functional_program(program: ExportedProgram) -> ExportedProgram:
     inputs that were written are named by the new program's signature.
     Raises CaptureError, naming the line of the first write, when torch cannot do it.
     """
-    writer = first_writer(program.graph_module)
+    operations = _operations(program.graph_module)
+    writer = next((node for node in operations if writes_schema(node.target) or _is_vmap(node)), None)
     if writer is None:
         return program
     try:
@@ -30,16 +32,26 @@ def functional_program(program: ExportedProgram) -> ExportedProgram:
     except Exception as error:
         where = source_of(writer) or writer.format_node()
         raise CaptureError(
-            f"the tensor changed in place at {where} cannot be made a value: {first_line(error)}; "
-            "write it without the in-place operation."
+            f"what {where} changes in place, or does under vmap, cannot be made a value: {first_line(error)}; "
+            "write it without."
         ) from error
 
 
 def first_writer(module: torch.fx.GraphModule) -> torch.fx.Node | None:
     """The first operation, regions included, whose schema says that it writes; None in a functional graph."""
+    return next((node for node in _operations(module) if writes_schema(node.target)), None)
+
+
+def holds_vmap(module: torch.fx.GraphModule) -> bool:
+    """True when steps of torch.vmap stand in the graph; they hold only in the order they stand in."""
+    return any(_is_vmap(node) for node in _operations(module))
+
+
+def _is_vmap(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+
+
+def _operations(module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
     for part in module.modules():
         if isinstance(part, torch.fx.GraphModule):
-            for node in part.graph.nodes:
-                if node.op == "call_function" and writes_schema(node.target):
-                    return node
-    return None
+            yield from (node for node in part.graph.nodes if node.op == "call_function")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,23 +12,33 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from subquad.capture_guards import guards_of
 from subquad.captured import Capture, ProgramModule
-from subquad.functional_graph import functional_program
+from subquad.functional_graph import functional_program, holds_vmap
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import attribute, hang, source_of
+from subquad.passes.canonicalize.flex_attention import flex_written_out
+from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.tidy import tidy
 
 CONSTANTS = "_subquad_constants"
 """Attribute of a lifted graph that holds constants of the program that are no parameter of the model."""
 
 
 def from_exported_program(
-    program: ExportedProgram, root: torch.nn.Module | None, example_inputs: Any = None
+    program: ExportedProgram,
+    root: torch.nn.Module | None,
+    example_inputs: Any = None,
+    expected: tuple[Any, ...] | None = None,
 ) -> Capture:
     """Lift an exported program into a GraphModule whose attributes are the root's own parameters and buffers.
 
     program: torch.export's result.  root: the module it came from; None makes a module tree from the program's state.
+    expected: where the forward read values out of tensors, what the example had there; the tensors are the program's last
+    outputs, beside the forward's own.
     """
-    program = functional_program(program)
+    if root is None or holds_vmap(program.graph_module):
+        program = functional_program(program)
     signature = program.graph_signature
     owner = root if root is not None else _module_tree(program)
     holder = torch.nn.Module()
@@ -60,19 +71,46 @@ def from_exported_program(
         elif node.op == "get_attr" and isinstance(getattr(program.graph_module, node.target), torch.fx.GraphModule):
             regions[node] = getattr(program.graph_module, node.target)
         else:
+            _keep_regions(node, graph, environment, regions, holder)
             _copy(node, graph, environment, regions)
     attributes = torch.nn.Module()
     _adopt(attributes, owner, graph)
-    if holder._buffers:
+    if holder._buffers or holder._modules:
         attributes.add_module(CONSTANTS, holder)
     module = torch.fx.GraphModule(attributes, graph)
     args, kwargs = example_inputs if example_inputs is not None else program.example_inputs or ((), {})
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     example = dict(zip(inputs, tensors, strict=False))
-    result = Capture(module, owner, tuple(inputs), "aten", example, constants, program.call_spec.out_spec)
+    try:
+        module = functional(flex_written_out(module))
+    except CaptureError as refused:
+        plain = functional_program(program)
+        if plain is program:
+            raise refused
+        return from_exported_program(plain, root, example_inputs, expected)
+    guards = guards_of(program, tuple(inputs))
+    out_spec = program.call_spec.out_spec
+    if expected is not None:
+        guards = replace(guards, values=_split_off(module, len(expected)), expected=expected)
+        out_spec = None if out_spec is None else out_spec.child(0)
+    tidy(module)
+    result = Capture(module, owner, tuple(inputs), "aten", example, constants, out_spec, guards=guards)
     if isinstance(owner, ProgramModule):
         owner.__dict__["_subquad_program"] = result
     return result
+
+
+def _split_off(module: torch.fx.GraphModule, count: int) -> torch.fx.GraphModule:
+    """A graph from the same inputs to the last `count` outputs, which the module itself no longer has."""
+    graph = torch.fx.Graph()
+    outputs = graph.graph_copy(module.graph, {})
+    graph.output(outputs[len(outputs) - count :])
+    own = module.graph.output_node()
+    own.args = (own.args[0][: len(outputs) - count],)
+    split = torch.fx.GraphModule(module, graph)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    split.recompile()
+    return split
 
 
 MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
@@ -94,6 +132,20 @@ def _written_back(
         elif spec.kind == OutputKind.USER_OUTPUT:
             kept.append(value)
     return kept
+
+
+def _keep_regions(
+    node: torch.fx.Node,
+    graph: torch.fx.Graph,
+    environment: dict[torch.fx.Node, Any],
+    regions: dict[torch.fx.Node, torch.fx.GraphModule],
+    holder: torch.nn.Module,
+) -> None:
+    """Carry over the graphs that a higher-order operator takes as arguments, as FlexAttention takes its functions."""
+    for region in node.all_input_nodes:
+        if region in regions and region not in environment and not _is_transparent(node):
+            holder.add_module(str(region.target), regions[region])
+            environment[region] = graph.get_attr(f"{CONSTANTS}.{region.target}")
 
 
 def _copy(

@@ -84,11 +84,16 @@ def _calls(whole: Capture, paths: set[str]) -> dict[str, Call]:
 
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         try:
-            with torch.no_grad():
-                whole.root(**whole.example, **whole.constants)
+            with torch.no_grad(), whole.state_kept():
+                whole.call(whole.root, {name: value.clone() for name, value in whole.example.items()})
         except Exception:  # a root that cannot be called by its captured names is rebound whole
             return {}
-    return {path: calls[0] for path, calls in recorded.items() if len(calls) == 1}
+    return {path: calls[0] for path, calls in recorded.items() if len(calls) == 1 and not _is_nested(calls[0])}
+
+
+def _is_nested(call: Call) -> bool:
+    """True for a call with nested tensors, which nn.TransformerEncoder makes of padded rows and no graph takes."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in pytree.tree_leaves(call))
 
 
 def _signature(call: Call) -> Any:

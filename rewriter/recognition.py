@@ -19,6 +19,7 @@ def recognise(capture: Capture, report: Report) -> Report:
         if node.name in capture.known_tensors
     }
     sites, refusals = find_attention(capture.graph, tensors, capture.example)
+    report.notes.extend(note for note in capture.notes if note not in report.notes)
     report.sites.extend(sites)
     report.refusals.extend(refusals)
     if not sites and not refusals:

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from subquad.capture_guards import traced_guards
 from subquad.captured import Capture
 from subquad.passes.canonicalize.functional import functional
 
@@ -24,7 +25,7 @@ def from_symbolic_trace(
     values = dict(zip(names, args, strict=False)) | kwargs
     axes = dict(zip(names, dynamic[0], strict=False)) | dynamic[1]
     mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = []
+    fakes: list[Any] = []
     for name in names:
         value = values.get(name)
         if isinstance(value, torch.Tensor):
@@ -36,7 +37,11 @@ def from_symbolic_trace(
     inputs = tuple(name for name in names if isinstance(values.get(name), torch.Tensor))
     constants = {name: values.get(name) for name in names if name not in inputs}
     graph = functional(module)
-    return Capture(graph, module, inputs, "torch", {name: values[name] for name in inputs}, constants)
+    guards = traced_guards(
+        mode.shape_env, {name: fake for name, fake in zip(names, fakes, strict=True) if name in inputs}
+    )
+    example = {name: values[name] for name in inputs}
+    return Capture(graph, module, inputs, "torch", example, constants, guards=guards, arguments=(args, kwargs))
 
 
 class _RecordValues(torch.fx.Interpreter):

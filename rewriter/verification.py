@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from subquad.application import Rewritten, original_forward, rewritten
-from subquad.captured import Capture, ProgramModule
+from subquad.captured import Capture
 from subquad.graph_copy import copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.errors import SubquadError
@@ -157,12 +157,8 @@ def _is_exact(record: Rewritten) -> bool:
 
 def _call(root: nn.Module, capture: Capture, inputs: dict[str, torch.Tensor]) -> Any:
     """The outputs of one call, which leaves the inputs and the root's buffers as they are."""
-    constants = {k: v for k, v in capture.constants.items() if not isinstance(v, torch.Tensor)}
-    given = {name: value.clone() for name, value in inputs.items()}
     with capture.state_kept():
-        if isinstance(root, torch.fx.GraphModule | ProgramModule):
-            return root(*[given[name] for name in capture.inputs])
-        return root(**given, **constants)
+        return capture.call(root, {name: value.clone() for name, value in inputs.items()})
 
 
 def tokens_rung(root: nn.Module, record: Rewritten, original: nn.Module | None = None) -> Measurement | None:

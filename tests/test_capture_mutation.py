@@ -188,7 +188,7 @@ def test_the_bias_that_was_written_reaches_the_rewritten_model() -> None:
 
 
 def test_a_judge_that_lost_a_write_breaks_verification(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subquad.lifting.functional_program", lambda program: program)
+    monkeypatch.setattr("subquad.lifting.functional", lambda module: module)
     model = Scored(bias_written_through_views).eval()
     with torch.no_grad():
         expected = model(X)

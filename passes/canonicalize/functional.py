@@ -270,6 +270,8 @@ class _Functional:
 def _storages(value: Any) -> set[int]:
     """The memory that a value, or the tensors of a tuple, lie in."""
     if isinstance(value, torch.Tensor):
+        if torch._C._functorch.is_batchedtensor(value):
+            raise Unsupported("a tensor is changed in place in a graph that maps functions by torch.vmap")
         return {value.untyped_storage()._cdata}
     if isinstance(value, list | tuple):
         return set().union(*(_storages(item) for item in value))

@@ -155,9 +155,15 @@ def _function(node: Node) -> Write | None:
     return Write(first, ("call_function", function, tuple(args), kwargs)) if wanted else None
 
 
+def _of_torch(function: Any) -> bool:
+    """A function of torch itself: `operator.or_` writes nothing."""
+    name = str(getattr(function, "__name__", ""))
+    return str(getattr(function, "__module__", None)).startswith("torch") or getattr(torch, name, None) is function
+
+
 def _inplace_position(function: Any) -> int | None:
     """Where `inplace` stands among the parameters of a torch.nn.functional function; None where there is none."""
-    if not str(getattr(function, "__module__", "")).startswith("torch"):
+    if not _of_torch(function):
         return None
     try:
         names = list(inspect.signature(function).parameters)
@@ -181,7 +187,7 @@ def _overload(node: Node) -> Write | None:
     if name.endswith("_"):
         return _aten_in_place(node, overload, name, target)
     kwargs = {key: value for key, value in node.kwargs.items() if key != written[0].name}
-    twin = _twin(name, schema.overload_name.replace("_out", "").replace("out", ""), node.args, kwargs)
+    twin = _twin(overload, name, written[0].name)
     if twin is None:
         raise Unsupported(f"`{schema.name}` writes its result by out= and has no functional form")
     return Write(target, ("call_function", twin, node.args, kwargs))
@@ -191,15 +197,18 @@ def _aten_in_place(node: Node, overload: Any, name: str, target: Node) -> Write:
     if name in ("copy_", "fill_", "zero_"):
         value: Any = 0 if name == "zero_" else node.args[1]
         return Write(target, index=(), value=value)
-    twin = _twin(name[:-1], overload._overloadname, node.args, node.kwargs)
+    twin = _twin(overload, name[:-1])
     if twin is None or name in RESHAPING:
         raise Unsupported(f"`{overload._schema.name}` writes into its argument and has no functional form")
     return Write(target, ("call_function", twin, node.args, dict(node.kwargs)))
 
 
-def _twin(name: str, overload_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    packet = getattr(aten, name, None)
-    if packet is None:
-        return None
-    found = getattr(packet, overload_name or "default", None)
-    return found if found is not None else getattr(packet, "default", None)
+def _twin(overload: Any, name: str, dropped: str = "") -> Any:
+    """The operator of this name that takes the same arguments, without the dropped one, and writes none of them."""
+    packet: Any = getattr(aten, name, None)
+    wanted = [(a.name, str(a.type)) for a in overload._schema.arguments if a.name != dropped]
+    for found in [] if packet is None else packet.overloads():
+        twin = getattr(packet, found)
+        if not twin._schema.is_mutable and [(a.name, str(a.type)) for a in twin._schema.arguments] == wanted:
+            return twin
+    return None

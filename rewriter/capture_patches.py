@@ -1,0 +1,31 @@
+"""What is changed in torch while a forward is captured, and put back afterwards whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Inside the block library code takes the path that a graph can hold and that gives the same numbers.
+
+    The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA; masks
+    are not compared with the causal one, which is only a hint beside the mask itself; a checkpointed region is an ordinary
+    call, since nothing is recomputed without a backward pass.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.enter_context(mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", _hinted))
+        yield
+
+
+def _hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """The hint that the caller gave, and none where it gave none."""
+    return is_causal is True

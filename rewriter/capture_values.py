@@ -1,0 +1,83 @@
+"""Branches on values of tensors: the values read while the example ran are used again in the capture, and guarded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+READS: dict[Any, str] = {
+    getattr(torch.Tensor, name): name for name in ("__bool__", "item", "tolist", "__int__", "__float__", "__index__")
+}
+"""Methods that turn the content of a tensor into a Python value, on which a forward may then branch."""
+MOST = 64
+"""Tensors of more elements than this are no branch conditions."""
+
+
+class ValueReads(TorchFunctionMode):
+    """Remembers what a forward reads out of tensors when it runs, and answers the same reads when it is captured.
+
+    A read is known by the line it is made from and its number there.  answered: the tensors that were read in the capture,
+    in order, and what they held in the example run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[Any, Any] = {}
+        self.count: dict[Any, int] = {}
+        self.answered: list[tuple[torch.Tensor, Any]] = []
+        self.lines: list[str] = []
+        self.capturing = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in READS or not isinstance(args[0], torch.Tensor) or args[0].numel() > MOST:
+            return func(*args, **(kwargs or {}))
+        name, place = READS[func], _line()
+        if not self.capturing:
+            self._remember(place, name, args[0])
+            return func(*args, **(kwargs or {}))
+        key = place, name, self._next(place, name)
+        if key not in self.known:
+            return func(*args, **(kwargs or {}))
+        self.answered.append((args[0], self.known[key]))
+        self.lines.append(f"{place[0]}:{place[1]}")
+        return _as_read(name, self.known[key])
+
+    def _next(self, place: tuple[str, int], name: str) -> int:
+        number = self.count[place, name] = self.count.get((place, name), -1) + 1
+        return number
+
+    def _remember(self, place: tuple[str, int], name: str, tensor: torch.Tensor) -> None:
+        """The value under its read; torch.export takes a list apart into the reads of its items."""
+        value = tensor.tolist()
+        self.known[place, name, self._next(place, name)] = value
+        if name == "tolist":
+            for item in tensor.flatten().tolist():
+                self.known[place, "item", self._next(place, "item")] = item
+
+    @contextmanager
+    def capture(self) -> Iterator[ValueReads]:
+        """Inside the block reads are answered from the example run."""
+        self.capturing, self.count, self.answered, self.lines = True, {}, [], []
+        with self:
+            yield self
+
+
+def _as_read(name: str, value: Any) -> Any:
+    if name == "__bool__":
+        return bool(value)
+    if name in ("__int__", "__index__"):
+        return int(value)
+    return float(value) if name == "__float__" else value
+
+
+def _line() -> tuple[str, int]:
+    """The innermost line outside torch."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith((torch.__path__[0], __file__)):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("", 0)
