@@ -19,9 +19,9 @@ from subquad.ir.vocabulary import kind
 Node = torch.fx.Node
 aten = torch.ops.aten
 ELEMENTWISE = frozenset(
-    ["mul", "div", "floordiv", "mod", "add", "sub", "rsub", "neg", "abs", "tanh", "exp", "where", "masked_fill", "maximum",
-     "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "not", "cast", "contiguous", "clamp", "scalar_tensor", "index", "full", "ones",
-     "new_ones", "full_like"]
+    ["mul", "div", "floordiv", "mod", "add", "sub", "rsub", "neg", "abs", "tanh", "exp", "where", "masked_fill",
+     "maximum", "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "not", "cast", "contiguous", "clamp", "scalar_tensor", "index",
+     "full", "ones", "new_ones", "full_like"]
 )  # fmt: skip
 
 
@@ -32,14 +32,14 @@ def flex_written_out(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     elementwise operations and reads of a tensor at their indices, stays as it is.
     """
     calls = [node for node in module.graph.nodes if is_flex(node)]
-    if not any(_is_readable(module, node) for node in calls):
+    if all(why_kept(module, node) for node in calls):
         return module
     environment: dict[Node, Node] = {}
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, environment))
     copied = torch.fx.GraphModule(module, graph)
     for node in calls:
-        if _is_readable(module, node):
+        if not why_kept(module, node):
             _write_out(copied, environment[node])
     _without_islands(graph)
     copied.recompile()
@@ -74,11 +74,16 @@ def is_flex(node: Any) -> bool:
     return isinstance(node, Node) and getattr(node.target, "__name__", "") == "flex_attention"
 
 
-def _is_readable(module: torch.fx.GraphModule, node: Node) -> bool:
+def why_kept(module: torch.fx.GraphModule, node: Node) -> str:
+    """The reason why a call is not written out; "" when it is."""
     if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in users_of(node)):
-        return False
+        return "the log-sum-exp or the maxima of flex_attention are read, which no rewrite gives"
     parts = _parts(module, node)
-    return all(_is_elementwise(part) for part in (parts["score_mod"], parts["mask_mod"]))
+    for name in ("score_mod", "mask_mod"):
+        odd = _odd_operation(parts[name])
+        if odd is not None:
+            return f"the {name} of flex_attention holds `{kind(odd) or odd.target}`, which is not understood"
+    return ""
 
 
 def _parts(module: torch.fx.GraphModule, node: Node) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def _parts(module: torch.fx.GraphModule, node: Node) -> dict[str, Any]:
     return found
 
 
-def _is_elementwise(part: torch.fx.GraphModule) -> bool:
+def _odd_operation(part: torch.fx.GraphModule) -> Node | None:
+    """The first operation of a function that does not act on each element alone."""
     for node in part.graph.nodes:
         if node.op in ("placeholder", "output") or kind(node) in ELEMENTWISE or _read_of(node) is not None:
             continue
@@ -99,8 +105,8 @@ def _is_elementwise(part: torch.fx.GraphModule) -> bool:
             continue
         if kind(node) == "getitem" and all(isinstance(n, Node) for n in _items(node.args[1])):
             continue
-        return False
-    return True
+        return node
+    return None
 
 
 def _read_of(node: Node) -> tuple[Node, tuple[Any, ...]] | None:

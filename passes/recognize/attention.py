@@ -16,6 +16,7 @@ from subquad.ir.mask import EmptyRows, FloorDiv
 from subquad.ir.refusal import Refusal
 from subquad.ir.site import Bias, CanonicalAxes, Site
 from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.canonicalize.flex_attention import is_flex, why_kept
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
 from subquad.passes.recognize.chain import PROJECTION, is_weight, read_chain
 from subquad.passes.recognize.empty_rows import empty_rows, unambiguous
@@ -48,7 +49,7 @@ def find_attention(
     sites: list[Site] = []
     refusals: list[Refusal] = []
     for node in list(module.graph.nodes):
-        what = "attention" if kind(node) == "sdpa" else "softmax"
+        what = "attention" if kind(node) == "sdpa" or is_flex(node) else "softmax"
         try:
             site = finder.site(node)
         except NotAttention as no:
@@ -77,11 +78,14 @@ class _Finder:
         tensors: Mapping[Node, torch.Tensor] | None,
         examples: Mapping[str, torch.Tensor],
     ) -> None:
+        self.module = module
         self.algebra = MaskAlgebra(module, tensors)
         self.masks = MaskReader(module, examples, self.algebra)
 
     def site(self, node: Node) -> Site | None:
         """The site a node is the anchor of; None when it is no anchor."""
+        if is_flex(node):
+            raise NotAttention(why_kept(self.module, node), node, "flex")
         if kind(node) == "sdpa":
             return self._from_sdpa(node)
         found = read_softmax(node)
