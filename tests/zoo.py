@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zoo_config import VARIANTS, small_config
 from zoo_inputs import inputs_of
 
-logging.getLogger("transformers").setLevel(logging.ERROR)
+logging.getLogger("transformers").setLevel(logging.CRITICAL)
 KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",

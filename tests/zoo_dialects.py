@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,13 +21,14 @@ from subquad.ir.site import Site
 from subquad.pass_spec import parse_passes
 from subquad.recognition import recognise
 
-Words = tuple[Any, ...]
+_INPUT = re.compile(r"\bl_(?:kwargs_|args_)?(\w+?)_(?=\W|$)")
+"""How Dynamo names an input of the forward."""
 
 
 def site_words(site: Site) -> dict[str, Any]:
     """What two captures of one site have to agree on."""
     return {
-        "path": site.path, "scale": site.scale, "mask": site.mask.family, "heads": site.heads, "kv_heads": site.kv_heads,
+        "path": site.path, "scale": site.scale, "mask": _INPUT.sub(r"\1", site.mask.family), "heads": site.heads, "kv_heads": site.kv_heads,
         "head_dim": site.head_dim, "biases": len(site.biases), "softcap": site.softcap, "sinks": site.sinks is not None,
     }  # fmt: skip
 
@@ -71,7 +73,9 @@ def through_core_aten(
     """
     dynamic = {name: _symbolic(x) if isinstance(x, torch.Tensor) else None for name, x in inputs.items()}
     with torch.no_grad():
-        program = torch.export.export(model, (), dict(inputs), dynamic_shapes=dynamic if symbolic else None, strict=False)
+        program = torch.export.export(
+            model, (), dict(inputs), dynamic_shapes=dynamic if symbolic else None, strict=False
+        )
         report = recognise(capture(program.run_decompositions()), Report())
     return list(report.sites), refusal_words(report)
 

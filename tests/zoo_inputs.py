@@ -20,7 +20,7 @@ def inputs_of(model: nn.Module, kind: str, size: int = 0, padding: str = "none")
     size: index into SIZES; the resolution of images is fixed by their model, so only their batch changes.  padding: which
     end of the text is padding; a model without text takes "none" only.
     """
-    names = inspect.signature(model.forward).parameters
+    names = inspect.signature(type(model).forward).parameters
     batch, length = SIZES[size]
     generator = torch.Generator().manual_seed(size + 1)
     made: dict[str, Any] = {}

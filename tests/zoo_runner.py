@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from softmax_counter import SoftmaxCounter, short
-from torch import nn
 from zoo import Specimen, call
 from zoo_dialects import differences, refusal_words, site_words, through_core_aten, through_dynamo
 from zoo_inputs import inputs_of
-from zoo_judge import Case, broken, cases, floating, outputs
+from zoo_judge import Reference, floating, outputs
 
 from subquad.application import restore
 from subquad.capture import capture
@@ -23,9 +22,6 @@ from subquad.ir.report import Report
 from subquad.pass_spec import parse_passes
 from subquad.pipeline import carry_out, choose
 from subquad.recognition import recognise
-
-NOT_ATTENTION = ("a router, pooling or classifier",)
-"""Phrases of the refusals that say that a softmax is no attention at all."""
 
 
 @dataclass
@@ -46,11 +42,6 @@ class Path:
     wrong: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
     graphs: int = 1
-
-    @property
-    def routers(self) -> int:
-        """Softmaxes that are refused because they are no attention."""
-        return sum(any(phrase in reason for phrase in NOT_ATTENTION) for reason, _ in self.refusals)
 
 
 @dataclass
@@ -82,10 +73,10 @@ class Outcome:
         return asdict(self)
 
 
-def run(specimen: Specimen, ways: Sequence[str] = ("dynamo", "core")) -> Outcome:
+def run(specimen: Specimen, ways: Sequence[str] = ("rewrite", "dynamo", "core")) -> Outcome:
     """Export, recognise, rewrite with `fuse` and compare; then the sites of Dynamo's graphs and of the core-ATen program.
 
-    Whatever is raised is recorded.
+    ways: which of these to go beyond recognition.  Whatever is raised is recorded.
     """
     entry = specimen.architecture
     outcome = Outcome(entry.name, specimen.spelling)
@@ -96,9 +87,12 @@ def run(specimen: Specimen, ways: Sequence[str] = ("dynamo", "core")) -> Outcome
     outcome.lines = {f"{what} {short(line)}": n for (what, line), n in counter.lines.items()}
     if not outcome.executed:
         return outcome
-    _guarded(outcome, outcome.export, lambda: _through_export(specimen, inputs, outcome))
+    with _stage(outcome, "original"):
+        reference = Reference(specimen.model, entry.kind)
+    compared = reference if "rewrite" in ways else None
+    _guarded(outcome, outcome.export, lambda: _through_export(specimen, compared, inputs, outcome))
     if "dynamo" in ways:
-        _guarded(outcome, outcome.dynamo, lambda: _through_dynamo(specimen, inputs, outcome))
+        _guarded(outcome, outcome.dynamo, lambda: _through_dynamo(specimen, reference, inputs, outcome))
     if "core" in ways:
         _guarded(outcome, outcome.core, lambda: _through_core_aten(specimen, inputs, outcome))
     return outcome
@@ -117,7 +111,7 @@ def _guarded(outcome: Outcome, path: Path, work: Callable[[], None]) -> None:
         path.trace = "".join(traceback.format_exception(error)[-8:])[-1800:]
 
 
-def _through_export(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome) -> None:
+def _through_export(specimen: Specimen, reference: Reference | None, inputs: dict[str, Any], outcome: Outcome) -> None:
     model, kind, path = specimen.model, specimen.architecture.kind, outcome.export
     with _stage(outcome, "capture"):
         captured = capture(model, inputs)
@@ -126,37 +120,31 @@ def _through_export(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome
     path.sites = [site_words(site) for site in report.sites]
     path.refusals = refusal_words(report)
     outcome.nodes = len(captured.graph.graph.nodes)
-    if not report.sites:
+    if not report.sites or reference is None:
         return
-    with _stage(outcome, "original"):
-        tried = cases(model, kind)
-        before = {case: outputs(model, kind, case) for case in tried}
-        judges = _judges(model, kind, tried)
     with _stage(outcome, "rewrite"):
         steps = choose(parse_passes("fuse"), report.sites, report)
         path.not_rewritten = [f"{r.path}: {r.reason}" for r in report.refused]
         carry_out(captured, report, steps, verify=False)
     try:
         with _stage(outcome, "compare"):
-            for case in tried:
-                said = broken(before[case], judges.get(case), outputs(model, kind, case))
+            for case in reference.cases:
+                said = reference.broken(case, outputs(model, kind, case))
                 if said:
                     path.wrong.append(f"size {case[0]}, padding {case[1]}: {said}")
     finally:
         restore(model)
     with _stage(outcome, "restore"):
-        if broken(before[tried[0]], None, outputs(model, kind, tried[0])):
+        if reference.broken(reference.cases[0], outputs(model, kind, reference.cases[0])):
             path.wrong.append("restore does not give back the original")
 
 
-def _through_dynamo(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome) -> None:
+def _through_dynamo(specimen: Specimen, reference: Reference, inputs: dict[str, Any], outcome: Outcome) -> None:
     path = outcome.dynamo
     with _stage(outcome, "dynamo"):
-        with torch.no_grad():
-            before = floating(call(specimen.model, inputs))
         sites, path.refusals, path.graphs, output = through_dynamo(specimen.model, inputs)
     path.sites = [site_words(site) for site in sites]
-    said = broken(before, None, floating(output))
+    said = reference.broken(reference.cases[0], floating(output))
     path.wrong = [said] if said else []
     path.odd = differences(outcome.export.sites, path.sites) if not outcome.export.failed else []
 
@@ -167,17 +155,6 @@ def _through_core_aten(specimen: Specimen, inputs: dict[str, Any], outcome: Outc
         sites, path.refusals = through_core_aten(specimen.model, inputs)
     path.sites = [site_words(site) for site in sites]
     path.odd = differences(outcome.export.sites, path.sites) if not outcome.export.failed else []
-
-
-def _judges(model: nn.Module, kind: str, tried: list[Case]) -> dict[Case, list[torch.Tensor]]:
-    """Float64 outputs; without those of cases that the original cannot run in float64."""
-    found = {}
-    for case in tried:
-        try:
-            found[case] = outputs(model, kind, case, double=True)
-        except Exception:
-            continue
-    return found
 
 
 class _stage:

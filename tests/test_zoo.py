@@ -1,0 +1,174 @@
+"""Every attention of the Hugging Face zoo is recognised or truly refused, and the rewritten models keep the EXACT contract."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+import zoo
+from softmax_counter import SoftmaxCounter
+from zoo_config import small_config
+from zoo_inputs import inputs_of, padding_mask
+from zoo_judge import Reference, outputs
+from zoo_runner import Outcome, Path, run
+from zoo_table import NOT_ATTENTION, markdown, rows
+
+SAMPLE = [
+    "causal:llama", "causal:gpt2", "causal:bloom", "causal:gemma2", "causal:gpt_oss", "causal:mixtral", "causal:gptj",
+    "masked:distilbert", "masked:deberta", "seq2seq:bart", "image:vit", "image:beit",
+]  # fmt: skip
+"""Families that spell attention in different ways: grouped heads, a causal buffer, ALiBi through baddbmm, softcap, sinks, routers,
+division by a scale, padding alone, relative terms, cross-attention, no mask, a bias table."""
+
+
+def truly_refused(path: Path) -> list[tuple[str, str]]:
+    """Refusals of a softmax that is attention."""
+    return [r for r in path.refusals if not any(phrase in r[0] for phrase in NOT_ATTENTION)]
+
+
+def assert_complete(outcome: Outcome) -> None:
+    """Each executed softmax is a site or a refusal, every way in agrees, and every rewritten output is right."""
+    assert outcome.executed > 0
+    for path in (outcome.export, outcome.dynamo, outcome.core):
+        if path.tried:
+            assert path.failed == "", path.trace
+            assert len(path.sites) + len(path.refusals) == outcome.executed, outcome.lines
+            assert path.wrong == []
+            assert path.odd == []
+
+
+@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_family_is_recognised_and_rewritten(name: str, spelling: str) -> None:
+    specimen = zoo.build(zoo.architecture(name), spelling)
+    if specimen.spelling != spelling:
+        pytest.skip(f"{name} has no {spelling} attention")
+    outcome = run(specimen, ("rewrite",))
+    assert_complete(outcome)
+    assert outcome.export.sites
+    assert truly_refused(outcome.export) == []
+    assert outcome.export.not_rewritten == []
+
+
+@pytest.mark.parametrize(("name", "spelling"), [("causal:llama", "sdpa"), ("masked:bert", "eager")])
+def test_dynamo_and_core_aten_show_the_sites_that_export_shows(name: str, spelling: str) -> None:
+    outcome = run(zoo.build(zoo.architecture(name), spelling), ("dynamo", "core"))
+    assert_complete(outcome)
+    assert len(outcome.dynamo.sites) == len(outcome.core.sites) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [entry.name for entry in zoo.architectures()])
+def test_every_architecture(name: str, spelling: str) -> None:
+    try:
+        specimen = zoo.build(zoo.architecture(name), spelling)
+    except zoo.NotBuilt as reason:
+        pytest.skip(str(reason))
+    if specimen.spelling != spelling:
+        pytest.skip(f"{name} has no {spelling} attention")
+    outcome = run(specimen)
+    if outcome.executed == 0:
+        pytest.skip(f"{name} executes no softmax")
+    assert_complete(outcome)
+
+
+def test_most_architectures_build() -> None:
+    assert len(zoo.architectures()) >= 300
+    config = small_config(zoo.CONFIG_MAPPING["gemma3_text"])
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert config.sliding_window == 4
+    assert config.num_key_value_heads == 2
+
+
+def test_an_architecture_that_no_shrink_builds_says_why() -> None:
+    with pytest.raises(zoo.NotBuilt, match=r"\w+"):
+        zoo.build(zoo.Architecture("causal", "llama", "AutoModelForNothing"), "eager")
+
+
+class Counted(nn.Module):
+    """Three layers that share one line of softmax, one SDPA call, and PyTorch's fast path for attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = (x @ x.transpose(1, 2)).softmax(-1) @ x
+        x = nn.functional.scaled_dot_product_attention(x, x, x)
+        x.log_softmax(-1)
+        return self.fast(x, x, x, need_weights=False)[0]
+
+
+def test_the_counter_counts_executions_by_line() -> None:
+    model = Counted().eval()
+    with SoftmaxCounter() as counter, torch.no_grad():
+        model(torch.randn(2, 5, 8))
+    assert counter.executed == 5
+    assert sorted(counter.lines.values()) == [1, 1, 3]
+    assert {kind for kind, _ in counter.lines} == {"softmax", "sdpa"}
+    assert all(line.split(":")[0] == __file__ for _, line in counter.lines)
+
+
+def test_the_judge_sees_a_wrong_weight_and_a_wrong_padded_row() -> None:
+    specimen = zoo.build(zoo.architecture("causal:gpt2"), "eager")
+    reference = Reference(specimen.model, "causal")
+    assert len(reference.cases) == 6
+    for case in reference.cases:
+        good = outputs(specimen.model, "causal", case)
+        assert reference.broken(case, good) == ""
+        bad = [good[0].clone(), *good[1:]]
+        bad[0][-1, 0] *= 1.001
+        assert "allowed" in reference.broken(case, bad)
+    assert "instead of" in reference.broken(
+        reference.cases[0], [x[:1] for x in outputs(specimen.model, "causal", (0, "none"))]
+    )
+
+
+def test_a_rewritten_forward_that_is_not_used_is_an_error() -> None:
+    class Warns(nn.Module):
+        def forward(self) -> None:
+            warnings.warn("subquad ran the original forward of Warns: it was called so.")
+
+    with pytest.raises(zoo.NotRewritten, match="original forward of Warns"):
+        zoo.call(Warns(), {})
+
+
+def test_paddings_hide_tokens_at_their_end() -> None:
+    assert padding_mask(3, 6, "left").tolist() == [[1] * 6, [0] * 2 + [1] * 4, [0] * 4 + [1] * 2]
+    assert padding_mask(3, 6, "right").tolist() == [[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4]
+
+
+def test_inputs_differ_between_the_two_sizes() -> None:
+    model = zoo.build(zoo.architecture("seq2seq:bart"), "sdpa").model
+    small, large = (inputs_of(model, "seq2seq", size) for size in (0, 1))
+    assert small["input_ids"].shape != large["input_ids"].shape
+    assert small["decoder_input_ids"].shape[1] != small["input_ids"].shape[1]
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    site = {"path": "layers.0.attention"}
+    path = Path(True, [site, site], [(f"it is {NOT_ATTENTION[0]}", "m.py:1")])
+    made = Outcome("causal:a", "eager", executed=3, export=path).json()
+    made["export"].update(changes)
+    return made
+
+
+def test_the_table_adds_up_and_names_what_is_missing() -> None:
+    row = rows([record(), record(sites=[], failed="ValueError: 3 of x", stage="capture", refusals=[])])[0]
+    assert (row.executed, row.recognised, row.routers, row.failed, row.silent) == (6, 2, 1, 3, 0)
+    row = rows([record(refusals=[])])[0]
+    assert row.silent == 1
+    assert "silently missed" in row.causes
+    row = rows([record(sites=[{"path": "layers.0.mlp.router"}, {"path": "b"}], wrong=["output 0: error 1"])])[0]
+    assert (row.false, row.wrong) == (1, 1)
+    text = markdown([record(), {"name": "causal:b", "not_built": "ImportError: pillow"}])
+    assert "2 architectures, 1 built" in text
+    assert "pillow: causal:b" in text
