@@ -121,8 +121,9 @@ def _flash(
             if additive.shape[2] == 1
             else additive.expand(batch, -1, -1, k.shape[1])
         )
+    q, keys, values = (_dense(x) for x in (q, k.transpose(1, 2), v.transpose(1, 2)))
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, attn_mask=additive, scale=spec.scale
+        q, keys, values, 0.0, causal, attn_mask=additive, scale=spec.scale
     )
     if additive is not None:
         empty = (additive.amax(-1) == -torch.inf).expand(batch, q.shape[1], q.shape[2])
@@ -133,6 +134,11 @@ def _flash(
         o = o.unflatten(2, (q_len, group)).transpose(1, 2).flatten(2, 3)
         return o, lse.unflatten(2, (q_len, group)).transpose(1, 2).flatten(2, 3)
     return o.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _dense(operand: Tensor) -> Tensor:
+    """The operand with the numbers of one head side by side, which the kernel takes for granted and does not check."""
+    return operand if operand.stride(-1) == 1 or operand.shape[-1] == 1 else operand.contiguous()
 
 
 def _fold(additive: Tensor, kv_heads: int, group: int, q_len: int) -> Tensor:

@@ -152,3 +152,17 @@ def test_merge_of_two_empty_states_is_empty():
 def test_arguments_that_do_not_fit_are_named(change, word):
     with pytest.raises(ValueError, match=word):
         softmax_attention(**case() | change)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "bias"])
+@pytest.mark.parametrize("mask", [None, "q >= kv"])
+@pytest.mark.parametrize("length", [1, 9, 150])
+def test_operands_may_have_any_strides(which, mask, length):
+    arguments = case(q_len=length, lens=(length,), mask=mask, dtype=torch.float32)
+    if which == "bias":
+        arguments["bias"] = torch.randn(2, 4, length, length).transpose(2, 3)
+    else:
+        turned = lambda x: x.transpose(1, 3).contiguous().transpose(1, 3)  # noqa: E731
+        held = arguments[which]
+        arguments[which] = turned(held) if which == "q" else [turned(x) for x in held]
+    compare(arguments, tolerance=2e-6)
