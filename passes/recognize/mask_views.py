@@ -164,6 +164,8 @@ def _piece(op: Operation) -> sympy.Basic | None:
         return None
     if name == "meshgrid":
         return _grid(op, arguments(whole), number)
+    if name == "broadcast_tensors":
+        return op.algebra.element(arguments(whole)["tensors"][number], op.shape)
     if name not in ("unbind", "split", "chunk"):
         return None
     a = arguments(whole)

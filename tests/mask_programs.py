@@ -1,0 +1,391 @@
+"""Random torch programs over integer, boolean and mask tensors, and the formulas of every tensor in them, evaluated.
+
+A program is a nested tuple; `run` executes it.  Vectors are [B, T], matrices [B, T, T] (both may have axes of size one).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import sympy
+import torch
+from hypothesis.strategies import SearchStrategy
+from sympy.core.function import AppliedUndef
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from subquad.ir.mask import FloorDiv, Where
+from subquad.passes.recognize.mask_algebra import MaskAlgebra
+from subquad.passes.recognize.symbolic_tensor import axis
+
+Program = tuple[Any, ...]
+small = st.integers(-3, 6)
+positive = st.integers(1, 5)
+divisors = st.sampled_from([1, 2, 3, 4, -2, -3])
+comparisons = st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"])
+FILLS = [float("-inf"), -1e4, -3.3895313892515355e38, torch.finfo(torch.float32).min, -65504.0, 0.0, 1.0, 0.5]
+
+
+def _vectors(integers: SearchStrategy[Program]) -> SearchStrategy[Program]:
+    return st.one_of(
+        st.tuples(st.just("shift"), integers, small),
+        st.tuples(st.just("times"), integers, st.integers(-2, 3)),
+        st.tuples(st.just("floordiv"), integers, divisors),
+        st.tuples(st.just("mod"), integers, divisors),
+        st.tuples(st.just("fmod"), integers, positive),
+        st.tuples(st.just("quotient"), integers, positive, st.sampled_from(["floor", "trunc", "long"])),
+        st.tuples(st.just("clamp"), integers, small, positive),
+        st.tuples(
+            st.sampled_from(["neg", "abs", "flip", "float", "int8", "half", "roundtrip", "sign", "running"]), integers
+        ),
+        st.tuples(st.just("roll"), integers, small),
+        st.tuples(st.just("pad"), integers, positive, small),
+        st.tuples(st.just("tail"), integers, positive),
+        st.tuples(st.just("write"), integers, positive, small),
+        st.tuples(st.sampled_from(["minimum", "maximum", "add", "sub"]), integers, integers),
+        st.tuples(st.just("join"), integers, integers, positive),
+        st.tuples(st.just("pick"), integers, integers),
+        st.tuples(st.just("fill"), integers, comparisons, small, small),
+        st.tuples(st.just("either"), integers, comparisons, small, integers),
+    )
+
+
+vectors = st.recursive(st.sampled_from([("range",), ("ids",), ("kept",), ("ones",)]), _vectors, max_leaves=3)
+numbers = st.one_of(
+    st.tuples(st.sampled_from(["rows", "columns"]), vectors),
+    st.tuples(st.just("sub"), st.tuples(st.just("rows"), vectors), st.tuples(st.just("columns"), vectors)),
+)
+
+
+def _conditions(inner: SearchStrategy[Program]) -> SearchStrategy[Program]:
+    return st.one_of(
+        st.tuples(st.sampled_from(["and", "or", "xor", "add_bool", "mul_bool"]), inner, inner),
+        st.tuples(st.sampled_from(["not", "through_float", "through_int", "one_minus", "log_mask"]), inner),
+        st.tuples(st.sampled_from(["tril", "triu"]), inner, st.integers(-2, 2)),
+        st.tuples(st.just("where_bool"), inner, inner, inner),
+        st.tuples(st.just("stacked"), inner, inner, st.integers(0, 1)),
+    )
+
+
+conditions = st.recursive(
+    st.one_of(
+        st.tuples(comparisons, numbers, small),
+        st.tuples(comparisons, numbers, st.sampled_from([0.5, 1.0, -0.25, 2.5])),
+        st.tuples(comparisons, st.tuples(st.just("rows"), vectors), st.tuples(st.just("columns"), vectors)),
+        st.tuples(st.just("among"), numbers),
+        st.tuples(st.just("nonzero"), numbers),
+        st.tuples(st.just("outer"), vectors, vectors),
+        st.just(("given",)),
+        st.just(("identity",)),
+    ),
+    _conditions,
+    max_leaves=3,
+)
+masks = st.recursive(
+    st.one_of(
+        st.tuples(st.just("filled"), conditions, st.sampled_from(FILLS)),
+        st.tuples(st.just("chosen"), conditions, st.sampled_from(FILLS), st.sampled_from(FILLS)),
+        st.tuples(st.just("scaled"), conditions, st.sampled_from(FILLS)),
+        st.tuples(st.just("triangle"), st.sampled_from(FILLS), st.integers(-1, 1)),
+    ),
+    lambda inner: st.one_of(
+        st.tuples(st.just("plus"), inner, inner),
+        st.tuples(st.just("at_least"), inner, st.sampled_from(FILLS)),
+        st.tuples(st.just("refill"), inner, conditions, st.sampled_from(FILLS)),
+        st.tuples(st.sampled_from(["bfloat16", "float16", "float64", "inverted"]), inner),
+    ),
+    max_leaves=3,
+)
+programs = st.one_of(conditions, masks)
+
+
+def _vector(p: Program, ids: Tensor, kept: Tensor) -> Tensor:
+    def go(x: Program) -> Tensor:
+        return _vector(x, ids, kept)
+
+    match p:
+        case ("range",):
+            return torch.arange(ids.shape[1])[None, :]
+        case ("ids",):
+            return ids
+        case ("kept",):
+            return kept
+        case ("ones",):
+            return torch.ones_like(ids)
+        case ("shift", x, n):
+            return go(x) + n
+        case ("times", x, n):
+            return n * go(x)
+        case ("floordiv", x, n):
+            return go(x) // n
+        case ("mod", x, n):
+            return go(x) % n
+        case ("fmod", x, n):
+            return torch.fmod(go(x), n)
+        case ("quotient", x, n, "floor"):
+            return (go(x) / n).floor().long()
+        case ("quotient", x, n, "trunc"):
+            return torch.div(go(x), n, rounding_mode="trunc")
+        case ("quotient", x, n, "long"):
+            return (go(x) / n).long()
+        case ("clamp", x, low, width):
+            return go(x).clamp(min=low, max=low + width)
+        case ("neg", x):
+            return -go(x)
+        case ("abs", x):
+            return go(x).abs()
+        case ("sign", x):
+            return go(x).sign()
+        case ("flip", x):
+            return go(x).flip(-1)
+        case ("float", x):
+            return (go(x).float() - 1).long()
+        case ("int8", x):
+            return (go(x).to(torch.int8) * 50).long()
+        case ("half", x):
+            return (go(x).half() == 1).long()
+        case ("roundtrip", x):
+            return go(x).float().round().int().long()
+        case ("running", x):
+            return torch.ones_like(go(x)).cumsum(-1) - 1
+        case ("roll", x, n):
+            return torch.roll(go(x), n, -1)
+        case ("pad", x, n, value):
+            return nn.functional.pad(go(x), (n, 0), value=value)[..., :-n]
+        case ("tail", x, n):
+            whole = go(x)
+            return torch.cat([whole, whole], -1)[..., -n - whole.shape[-1] : -n]
+        case ("write", x, n, value):
+            whole = go(x).clone()
+            return torch.slice_scatter(whole, torch.full_like(whole[..., :n], value), -1, 0, n)
+        case (("minimum" | "maximum" | "add" | "sub") as name, x, y):
+            return getattr(torch, name)(go(x), go(y))
+        case ("join", x, y, n):
+            first, second = torch.broadcast_tensors(go(x), go(y))
+            return torch.cat([first[..., :n], second[..., n:]], -1)
+        case ("pick", x, y):
+            length = ids.shape[1]
+            return go(x).expand(ids.shape[0], -1)[:, (go(y)[0] % length) - (length if y[0] == "flip" else 0)]
+        case ("fill", x, relation, n, value):
+            whole = go(x)
+            return whole.masked_fill(getattr(torch, relation)(whole, n), value)
+        case ("either", x, relation, n, y):
+            whole = go(x)
+            return torch.where(getattr(torch, relation)(whole, n), whole, go(y))
+    raise AssertionError(p)
+
+
+def run(p: Any, ids: Tensor, kept: Tensor, given: Tensor) -> Any:
+    """Execute a program on ids [B, T], kept [B, T] and given [B, T, T] (boolean)."""
+
+    def go(x: Any) -> Any:
+        return run(x, ids, kept, given)
+
+    if not isinstance(p, tuple):
+        return p
+    length = ids.shape[1]
+    match p:
+        case ("rows", x):
+            return _vector(x, ids, kept)[:, :, None]
+        case ("columns", x):
+            return _vector(x, ids, kept)[:, None, :]
+        case ("sub", x, y):
+            return go(x) - go(y)
+        case (("le" | "lt" | "ge" | "gt" | "eq" | "ne") as relation, x, y):
+            return getattr(torch, relation)(go(x), go(y))
+        case ("among", x):
+            return torch.isin(go(x), torch.tensor([0, 2, 5]))
+        case ("nonzero", x):
+            return go(x).bool()
+        case ("outer", x, y):
+            a, b = (_vector(v, ids, kept) > 0 for v in (x, y))
+            return (a.float()[:, :, None] @ b.float()[:, None, :]) > 0
+        case ("given",):
+            return given
+        case ("identity",):
+            return torch.eye(length, dtype=torch.bool)[None]
+        case ("and", x, y):
+            return go(x) & go(y)
+        case ("or", x, y):
+            return torch.logical_or(go(x), go(y))
+        case ("xor", x, y):
+            return go(x) ^ go(y)
+        case ("add_bool", x, y):
+            return go(x) + go(y)
+        case ("mul_bool", x, y):
+            return go(x) * go(y)
+        case ("not", x):
+            return ~go(x)
+        case ("through_float", x):
+            return go(x).float() > 0.5
+        case ("through_int", x):
+            return (go(x).to(torch.uint8) - 1) > 3
+        case ("one_minus", x):
+            return (1.0 - go(x).to(torch.float32)).bool()
+        case ("log_mask", x):
+            return go(x).float().log().isinf()
+        case (("tril" | "triu") as name, x, n):
+            return getattr(torch, name)(go(x).expand(-1, length, length), n)
+        case ("where_bool", x, y, z):
+            return torch.where(go(x), go(y), go(z))
+        case ("stacked", x, y, n):
+            return torch.stack(torch.broadcast_tensors(go(x), go(y)))[n]
+        case ("filled", x, value):
+            return torch.zeros(length, length).masked_fill(go(x), value)
+        case ("chosen", x, yes, no):
+            return torch.where(go(x), yes, no)
+        case ("scaled", x, value):
+            return (1.0 - go(x).float()) * value
+        case ("triangle", value, n):
+            return torch.full((length, length), value).triu(n)[None]
+        case ("plus", x, y):
+            return go(x) + go(y)
+        case ("at_least", x, value):
+            return go(x).clamp(min=value) if value < 0 else torch.maximum(go(x), torch.tensor(value))
+        case ("refill", x, condition, value):
+            return go(x).masked_fill(go(condition), value)
+        case (("bfloat16" | "float16" | "float64") as name, x):
+            return go(x).to(getattr(torch, name))
+        case ("inverted", x):
+            return 1 - go(x)
+    raise AssertionError(p)
+
+
+class Programs(nn.Module):
+    """Several programs on the same inputs."""
+
+    def __init__(self, what: list[Program]) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, ids: Tensor, kept: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(p, ids, kept, given).clone() for p in self.what)
+
+
+def inputs(batch: int, length: int, seed: int, plain: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """ids from -4 to 6 and now and then far away, kept from -1 to 2 (0 and 1 when plain), given at random."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-4, 7, (batch, length), generator=g)
+    if not plain:
+        ids[0, -1] = [2**24 + 1, -(2**24) - 1, 70000, -129][seed % 4]
+    kept = torch.randint(*((0, 2) if plain else (-1, 3)), (batch, length), generator=g)
+    return ids, kept, torch.rand(batch, length, length, generator=g) < 0.5
+
+
+def traced(what: list[Program]) -> torch.fx.GraphModule:
+    """The programs' graph with symbolic batch and length, as export sees it before decompositions."""
+    with torch.no_grad():
+        return make_fx(Programs(what), tracing_mode="symbolic", pre_dispatch=True)(*inputs(3, 11, 0, True))
+
+
+class Values(torch.fx.Interpreter):
+    """The value of every node."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+
+    def of(self, given: tuple[Tensor, ...]) -> dict[torch.fx.Node, Any]:
+        """Run on concrete inputs."""
+        self.run(*given)
+        return self.env
+
+
+def evaluated(
+    formula: sympy.Basic, shape: tuple[int, ...], symbols: dict[sympy.Symbol, int], values: dict[str, Tensor]
+) -> Any:
+    """A formula of axis indices at every index of a shape, in int64, float64 and bool."""
+    index = {
+        axis(n): torch.arange(size).reshape([-1 if m == n else 1 for m in range(len(shape))])
+        for n, size in enumerate(shape)
+    }
+
+    def tensor(x: Any) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.tensor(x)
+
+    def go(e: sympy.Basic) -> Any:
+        if e in (sympy.true, sympy.false):
+            return torch.tensor(bool(e))
+        if e.is_Symbol:
+            return tensor(index[e] if e in index else symbols[e])
+        if e.is_number:
+            return torch.tensor(int(e)) if e.is_Integer else torch.tensor(float(e), dtype=torch.float64)
+        parts = [go(a) for a in e.args]
+        if isinstance(e, AppliedUndef):
+            table = (
+                values[e.func.__name__].reshape(-1) if not values[e.func.__name__].dim() else values[e.func.__name__]
+            )
+            places = torch.broadcast_tensors(*parts)
+            inside = torch.stack([(p >= 0) & (p < s) for p, s in zip(places, table.shape, strict=True)]).all(0)
+            if table.numel() == 0:
+                return torch.zeros_like(inside, dtype=torch.int64)
+            found = table[tuple(p.clamp(0, s - 1) for p, s in zip(places, table.shape, strict=True))]
+            found = found.double() if found.dtype.is_floating_point else found.long()
+            return torch.where(inside, found, torch.zeros_like(found))
+        if isinstance(e, sympy.core.relational.Relational):
+            name = {sympy.Le: "le", sympy.Lt: "lt", sympy.Ge: "ge", sympy.Gt: "gt", sympy.Eq: "eq", sympy.Ne: "ne"}[
+                e.func
+            ]
+            return getattr(torch, name)(*parts)
+        if isinstance(e, sympy.Not):
+            return ~parts[0]
+        if isinstance(e, Where):
+            return torch.where(parts[0], parts[1].double(), parts[2].double())
+        if isinstance(e, FloorDiv):
+            return torch.div(*parts, rounding_mode="floor")
+        if isinstance(e, sympy.Mod):
+            return torch.remainder(*parts)
+        if isinstance(e, sympy.Abs):
+            return parts[0].abs()
+        joins = {
+            sympy.And: torch.logical_and, sympy.Or: torch.logical_or, sympy.Add: torch.add, sympy.Mul: torch.mul,
+            sympy.Min: torch.minimum, sympy.Max: torch.maximum, sympy.Pow: torch.pow,
+        }  # fmt: skip
+        total = parts[0]
+        for part in parts[1:]:
+            total = joins[e.func](total, part)
+        return total
+
+    return tensor(go(formula)).expand(shape)
+
+
+def disagreement(module: torch.fx.GraphModule, cases: list[tuple[int, int, int, bool]]) -> tuple[str, int]:
+    """What differs first between a tensor of the graph and its formula ("" when nothing does), and how many were proved.
+
+    cases: batch, length, seed, plain of the inputs tried.
+    """
+    algebra = MaskAlgebra(module)
+    proved = 0
+    for number, (batch, length, seed, plain) in enumerate(cases):
+        given = inputs(batch, length, seed, plain)
+        try:
+            values = Values(module).of(given)
+        except (RuntimeError, IndexError):
+            continue
+        symbols: dict[sympy.Symbol, int] = {}
+        for node in module.graph.nodes:
+            recorded = node.meta.get("val")
+            if isinstance(recorded, torch.Tensor) and node.op == "placeholder":
+                for size, actual in zip(recorded.shape, values[node].shape, strict=True):
+                    if isinstance(size, torch.SymInt):
+                        symbols[size.node.expr] = actual
+        by_name = {node.name: value for node, value in values.items()}
+        for node in module.graph.nodes:
+            actual = values.get(node)
+            if node.op != "call_function" or not isinstance(actual, Tensor):
+                continue
+            formula = algebra.formula(node).expression
+            proved += number == 0 and node.name not in algebra.tables
+            want = evaluated(formula, tuple(actual.shape), symbols, by_name)
+            if not _same(want, actual, bool(formula.atoms(AppliedUndef)) or not formula.is_integer):
+                return f"{node.format_node()} = {formula} at batch {batch}, length {length}, seed {seed}", proved
+    return "", proved
+
+
+def _same(want: Tensor, actual: Tensor, rounds: bool) -> bool:
+    """Equal everywhere; a floating tensor of a table's elements or of quotients may have rounded."""
+    if not actual.dtype.is_floating_point:
+        return torch.equal(want.long(), actual.long())
+    if rounds:
+        return torch.allclose(want.to(actual.dtype), actual, rtol=2**-6, atol=0, equal_nan=True)
+    return torch.allclose(want.double(), actual.double(), rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,62 @@
+"""The mask algebra on random programs: every tensor of every graph equals its formula at every element, size and value."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from mask_programs import Program, disagreement, programs, traced
+
+from subquad.passes.recognize import mask_arithmetic, mask_views
+
+SIZES = [(2, 6, 0, True), (2, 7, 1, False), (1, 1, 2, False), (3, 13, 3, False), (1, 4, 0, False), (2, 1, 1, True)]
+deterministic = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
+
+
+def _check(what: list[Program]) -> None:
+    found, proved = disagreement(traced(what), SIZES)
+    assert not found, found
+    assert proved
+
+
+@settings(deterministic, max_examples=15)
+@given(st.lists(programs, min_size=5, max_size=5))
+def test_every_tensor_of_a_random_program_equals_its_formula(what: list[Program]) -> None:
+    _check(what)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(deterministic, max_examples=400)
+@given(st.lists(programs, min_size=6, max_size=6))
+def test_every_tensor_of_many_random_programs_equals_its_formula(what: list[Program]) -> None:
+    _check(what)
+
+
+WRONG = {
+    "sub": (lambda a, b: a - b + 1, ("ge", ("sub", ("rows", ("range",)), ("columns", ("range",))), 0)),
+    "floordiv": (lambda a, b: mask_arithmetic.FloorDiv(a + 1, b), ("eq", ("rows", ("floordiv", ("range",), 3)), 1)),
+    "mod": (lambda a, b: sympy.Mod(a, b + 1), ("eq", ("columns", ("mod", ("shift", ("ids",), -2), 3)), 1)),
+    "maximum": (sympy.Min, ("gt", ("rows", ("maximum", ("ids",), ("range",))), 2)),
+}
+
+
+@pytest.mark.parametrize("operation", WRONG)
+def test_a_wrong_rule_is_noticed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, program = WRONG[operation]
+    graph = traced([program])
+    assert disagreement(graph, SIZES)[0] == ""
+    monkeypatch.setitem(mask_arithmetic.OPERATIONS, operation, wrong)
+    assert disagreement(graph, SIZES)[0]
+
+
+def test_a_view_read_one_place_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = traced([("ge", ("columns", ("write", ("tail", ("ids",), 2), 2, 3)), 1)])
+    assert disagreement(graph, SIZES)[0] == ""
+    right = mask_views.first_index
+    monkeypatch.setattr(mask_views, "first_index", lambda *args: right(*args) + 1)
+    assert disagreement(graph, SIZES)[0]
