@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ class Projection:
 
     def words(self) -> str:
         """One phrase for a report."""
-        name = str(self.weight.target).removesuffix(".weight") if self.weight.op == "get_attr" else self.weight.name
+        name = re.sub(r"^l_(self_)?(modules_)?|_parameters_\w+$", "", str(self.weight.target)).replace("_modules_", ".")
+        name = name.removesuffix(".weight")
         part = f", {len(self.rows)} of its {self.out_features} features" if self.fused else ""
         return f"{name}{part}" + (" with adapters" if self.adapters else "")
 
@@ -61,7 +63,8 @@ class Norm:
     """A normalisation of q or k.  name: "rms" | "layer" | "l2".
 
     node: the result.  x: what it normalises, over its last axis, of `width` elements (one head's, or all heads').
-    weight, bias: held tensors [width] or, for a norm per head, [heads, width]; None without; `offset` is added to the weight.  after_rotary: the order.
+    weight, bias: held tensors [width], or [heads, width] of a norm per head; None without.  `offset` is added to the
+    weight (1 for Gemma).  after_rotary: the order.
     """
 
     name: str
@@ -106,11 +109,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Rotary:
-    """out[d] = pre[first[d]]·cos[d] + signs[d]·pre[second[d]]·sin[d] for every place d of `width`, tables scaled by `scale`.
+    """out[d] = pre[first[d]]·cos[d] + signs[d]·pre[second[d]]·sin[d] for every place d of `width`.
 
     style: "half" (d pairs with d ± width/2), "interleaved" (2j with 2j+1), "deinterleaved" (pairs 2j, 2j+1 written to j and
-    j + width/2) or "other".  pre: the tensor before the rotation, its axes in canonical order; heads repeat when it has none.
-    position: None when the angle could not be proved to be one position times fixed frequencies; `why` then says so.
+    j + width/2) or "other".  pre: the tensor before the rotation, its axes in canonical order; heads repeat when it has
+    none.  scale: the length of (cos, sin), already in the tables (YaRN's attention factor).  position: None when the angle
+    could not be proved to be one position times fixed frequencies; `why` then says so.
     """
 
     style: str
