@@ -8,6 +8,7 @@ from typing import Any
 import torch.fx
 
 from subquad.ir.mask import Mask
+from subquad.ir.provenance import Provenance
 
 CanonicalAxes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """For (batch, time, head, dim): the axes that hold it, outermost first; none when it is absent (size one)."""
@@ -75,6 +76,7 @@ class Site:
     gain, a tensor that does not depend on the key, multiplies it too; softcap c means c·tanh(s/c) after them.  biases are
     added then, the mask applied last.  heads, kv_heads, head_dim, value_dim: static sizes.  sinks: one more logit per head
     without a value, a tensor over the scores or one number.  absorbed: interior nodes.
+    provenance: what lies behind q, k and v, in nodes of the graph that the site was found in; None when it was not looked for.
     evidence: sentences saying how each part was read.  source: file:line of the user's code.
     """
 
@@ -99,6 +101,7 @@ class Site:
     dropout: float = 0.0
     folded: float = 1.0
     absorbed: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
+    provenance: Provenance | None = field(default=None, repr=False)
     evidence: tuple[str, ...] = ()
     source: str = ""
 
@@ -119,6 +122,7 @@ class Site:
             "gain": self.gain is not None,
             "sinks": self.sinks is not None,
             "dropout": self.dropout,
+            "provenance": None if self.provenance is None else self.provenance.json(),
             "evidence": [*self.evidence, *self.mask.evidence],
             "source": self.source,
         }
