@@ -59,7 +59,7 @@ def _concatenation(op: Operation) -> sympy.Basic | None:
         return values[0]
     if len(parts) > MOST_PARTS:
         return None
-    ends = [relate("lt", axis(place), end) for end in starts[1:-1]]
+    ends = [op.inside(relate("lt", axis(place), end)) for end in starts[1:-1]]
     return _pieces(values, ends)
 
 
@@ -105,7 +105,7 @@ def _padding(op: Operation) -> sympy.Basic | None:
         inside.append(relate("lt", axis(place), before + size_of(base.shape[place])))
         indices[place] = sympy.S.Zero if is_one(base.shape[place]) else axis(place) - before
     value = op.algebra.element(op["value"] if op["value"] is not None else 0, ())
-    return choose(conjoin(*inside), copied(op, base.at(tuple(indices)), op.dtype), copied(op, value, None))
+    return choose(op.inside(conjoin(*inside)), copied(op, base.at(tuple(indices)), op.dtype), copied(op, value, None))
 
 
 @rule("slice_scatter")
@@ -116,7 +116,7 @@ def _written_slice(op: Operation) -> sympy.Basic | None:
     place = op.axis_number(op["dim"])
     start = first_index(op, op["start"], op.shape[place])
     length = size_of(source.shape[place])
-    written = conjoin(relate("ge", axis(place), start), relate("lt", axis(place), start + length))
+    written = op.inside(conjoin(relate("ge", axis(place), start), relate("lt", axis(place), start + length)))
     value = copied(op, _shifted(source, place, start), dtype_of(op["src"]))
     return choose(written, value, op.element("x"))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -86,6 +87,8 @@ def _at_least(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
 
 
 def _equal(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
+    if isinstance(a, sympy.Abs | sympy.Max | sympy.Min) or isinstance(b, sympy.Abs | sympy.Max | sympy.Min):
+        return conjoin(_at_least(a, b), _at_least(b, a))
     difference = sympy.expand(a - b)
     if difference.is_Integer:
         return truth(difference == 0)
@@ -137,7 +140,7 @@ def _counts(divisor: sympy.Basic) -> bool:
 def conjoin(*conditions: sympy.Basic) -> sympy.Basic:
     """All of the conditions; comparisons that others imply are left out."""
     parts = [p for c in conditions for p in (c.args if isinstance(c, sympy.And) else (c,))]
-    if sympy.false in parts:
+    if sympy.false in parts or _any_pair(parts, excludes):
         return sympy.false
     return sympy.And(*_independent(parts, lambda dropped, stays: implies(stays, dropped)))
 
@@ -145,7 +148,7 @@ def conjoin(*conditions: sympy.Basic) -> sympy.Basic:
 def disjoin(*conditions: sympy.Basic) -> sympy.Basic:
     """Any of the conditions, with what all of them require taken out in front; comparisons that imply others left out."""
     parts = [p for c in conditions for p in (c.args if isinstance(c, sympy.Or) else (c,)) if p != sympy.false]
-    if sympy.true in parts:
+    if sympy.true in parts or _any_pair(parts, covers):
         return sympy.true
     parts = _independent(parts, implies)
     sets = [set(c.args) if isinstance(c, sympy.And) else {c} for c in parts]
@@ -166,6 +169,36 @@ def _independent(
         if any(other is not part and superfluous(part, other) for other in kept):
             kept.remove(part)
     return kept
+
+
+def _any_pair(parts: Sequence[sympy.Basic], relation: Callable[[sympy.Basic, sympy.Basic], bool]) -> bool:
+    pairs = itertools.combinations(dict.fromkeys(parts), 2)
+    return len(parts) <= MOST_COMPARED and any(relation(a, b) for a, b in pairs)
+
+
+def excludes(first: sympy.Basic, second: sympy.Basic) -> bool:
+    """True when two comparisons never hold together."""
+    return any(never_negative(sympy.expand(-1 - one - other)) for one in _margins(first) for other in _margins(second))
+
+
+def covers(first: sympy.Basic, second: sympy.Basic) -> bool:
+    """True when at least one of two comparisons always holds."""
+    if isinstance(first, sympy.Eq) or isinstance(second, sympy.Eq):
+        return False
+    return any(never_negative(sympy.expand(one + other + 1)) for one in _margins(first) for other in _margins(second))
+
+
+def within(condition: sympy.Basic, highest: Mapping[sympy.Symbol, sympy.Basic]) -> sympy.Basic:
+    """The condition with comparisons decided that hold or fail for all indices up to `highest`."""
+    if isinstance(condition, sympy.And | sympy.Or):
+        join = conjoin if isinstance(condition, sympy.And) else disjoin
+        return join(*(within(part, highest) for part in condition.args))
+    margins = [] if isinstance(condition, sympy.Eq) else _margins(condition)
+    for margin in margins:
+        falling = all(margin.coeff(index) <= 0 for index in margin.free_symbols & set(highest))
+        if falling and never_negative(sympy.expand(margin.xreplace(dict(highest)))):
+            return sympy.true
+    return condition
 
 
 def implies(first: sympy.Basic, second: sympy.Basic) -> bool:

@@ -12,7 +12,8 @@ import torch.fx
 
 from subquad.ir.graph import dtype_of, shape_of
 from subquad.passes.recognize.mask_choice import is_boolean, spread
-from subquad.passes.recognize.symbolic_tensor import SymbolicTensor, as_condition, as_number
+from subquad.passes.recognize.mask_relation import within
+from subquad.passes.recognize.symbolic_tensor import SymbolicTensor, as_condition, as_number, axis, size_of
 
 Node = torch.fx.Node
 
@@ -83,6 +84,10 @@ class Operation:
     def size(self, name: str) -> sympy.Basic:
         """An integer argument."""
         return self.algebra.size(self.arguments[name])
+
+    def inside(self, condition: sympy.Basic) -> sympy.Basic:
+        """A condition on the result's indices, which are below its sizes."""
+        return within(condition, {axis(n): size_of(size) - 1 for n, size in enumerate(self.shape)})
 
     def axis_number(self, value: int) -> int:
         """An axis argument counted from the left."""
