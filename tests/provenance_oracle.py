@@ -118,11 +118,14 @@ def compare(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.expand_as(want).contiguous(), want.contiguous(), rtol=tolerance, atol=tolerance)
 
 
-def recomputed(part: Part, values: Values, sizes: tuple[int, int]) -> torch.Tensor:
+def recomputed(part: Part, parts: tuple[Part, ...], values: Values, sizes: tuple[int, int]) -> torch.Tensor:
     """A part of an operand from its projection's input."""
     projection, norm, rotary = part.projection, part.norm, part.rotary
     assert projection is not None
     x = project(projection, values, sizes)
+    if norm is not None and norm.width == sum(p.width for p in parts) > part.width:
+        head = torch.cat([project(p.projection, values, sizes) for p in parts if p.projection], -1)
+        x, norm = normalise(norm, head, values)[..., part.start : part.start + part.width], None
     if norm is not None and norm.width != x.shape[-1]:
         full = normalise(norm, in_order(projection, affine(projection, values), sizes), values)
         x = full[..., list(projection.rows)].unflatten(-1, (projection.heads, -1))

@@ -114,7 +114,7 @@ def test_inspect_refuses_a_router_with_status_3(own: Path, capsys: pytest.Captur
     report = json.loads(done.stdout)
     assert report["sites"] == []
     (refusal,) = report["refusals"]
-    assert set(refusal) == {"path", "what", "reason", "source"}
+    assert set(refusal) == {"path", "what", "reason", "source", "code", "kind", "advice"}
     assert refusal["source"].startswith(str(own))
 
 

@@ -13,7 +13,7 @@ import torch.fx
 
 from subquad.ir.graph import dtype_of, module_path, rank_of, shape_of, source_of
 from subquad.ir.mask import EmptyRows, FloorDiv
-from subquad.ir.refusal import Refusal
+from subquad.ir.refusal import Refusal, refuse
 from subquad.ir.site import Bias, CanonicalAxes, Site
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.canonicalize.flex_attention import is_flex, why_kept
@@ -26,6 +26,7 @@ from subquad.passes.recognize.mask_reading import MaskReader
 from subquad.passes.recognize.normalisation import Normalised, read_softmax
 from subquad.passes.recognize.operands import Peeled, peel, size_of_axes
 from subquad.passes.recognize.product import Product
+from subquad.passes.recognize.provenance import ProvenanceReader
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import LOW, MaskSource, ScoreReader, Scores, read_scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, visible
@@ -46,6 +47,7 @@ def find_attention(
     buffers that Dynamo lifted to inputs).  examples: input tensors by name, for the concrete cross-check of masks.
     """
     finder = _Finder(module, tensors, examples or {})
+    provenance = ProvenanceReader(module, finder.algebra, tensors)
     sites: list[Site] = []
     refusals: list[Refusal] = []
     for node in list(module.graph.nodes):
@@ -53,10 +55,10 @@ def find_attention(
         try:
             site = finder.site(node)
         except NotAttention as no:
-            refusals.append(Refusal(module_path(node), what, no.reason + ".", source_of(no.node) or source_of(node)))
+            refusals.append(refuse(node, what, no.reason, no.kind, no.node))
             continue
         if site is not None:
-            sites.append(site)
+            sites.append(replace(site, provenance=provenance.read(site.q, site.k, site.v)))
     return _numbered(sites), refusals
 
 
