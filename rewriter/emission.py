@@ -11,13 +11,15 @@ import torch.fx
 
 import subquad.kernels  # noqa: F401  (registers the operators)
 from subquad.ir.emitter import Emitter
-from subquad.ir.graph import dtype_of, rank_of, value_of
+from subquad.ir.graph import dtype_of, rank_of, users_of, value_of
 from subquad.ir.mask import KV, B, Mask
 from subquad.ir.rewrite import SiteOperator
 from subquad.ir.site import Bias, Site
+from subquad.ir.vocabulary import kind
 from subquad.layout_emission import canonical, laid_out, restored, size_node
 
 Node = torch.fx.Node
+LAYOUT = frozenset(["view", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "unsqueeze", "squeeze", "expand"])
 PARAMETERS = "subquad"
 """Name of the submodule, under the site's module, that holds the tensors a rewrite adds."""
 
@@ -44,7 +46,22 @@ def emit_site(
     if dtype_of(out) is not None and dtype_of(out) != dtype_of(site.out):
         out = emitter.call(torch.ops.aten.to.dtype, out, dtype_of(site.out))
     site.out.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
+    _let_copy(out)
     return node
+
+
+def _let_copy(start: Node) -> None:
+    """Views of the result become reshapes: its strides are the operator's, not those of the product it stands for."""
+    stack = [start]
+    while stack:
+        for user in users_of(stack.pop()):
+            if kind(user) not in LAYOUT:
+                continue
+            if user.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                user.target = torch.ops.aten.reshape.default
+            elif user.op == "call_method" and user.target == "view":
+                user.target = "reshape"
+            stack.append(user)
 
 
 def _softmax(emitter: Emitter, site: Site, call: SiteOperator, q: Node, k: Node, v: Node) -> Node:

@@ -29,7 +29,7 @@ from subquad.passes.recognize.product import Product
 from subquad.passes.recognize.provenance import ProvenanceReader
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import LOW, MaskSource, ScoreReader, Scores, read_scores
-from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, visible
+from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, is_one, visible
 from subquad.passes.recognize.weighting import read_weighting
 
 Node = torch.fx.Node
@@ -144,6 +144,8 @@ class _Finder:
             raise NotAttention(PROJECTION, found.node, "projection")
         if found.extra_logit is not None:
             scores = replace(scores, sinks=found.extra_logit)
+        for node in found.masked:
+            scores = reader.masked(scores, node, chain.places[chain.nodes[-1]])
         weighting = read_weighting(found, chain, scores, reader)
         out = chain.places[chain.nodes[0]]
         q_read = peel(
@@ -185,7 +187,7 @@ class _Finder:
             evidence.append(f"each key/value head serves {k.repeats} query heads (repetition peeled off)")
         q_time, k_time = size_of_axes(q.operand, 1), size_of_axes(k.operand, 1)
         return Site(
-            path=module_path(out), origin=origin, phase="full" if str(q_time) == str(k_time) else "cross",
+            path=module_path(out), origin=origin, phase=_phase(q_time, k_time),
             q=q.operand, k=k.operand, v=v.operand, out=out, out_axes=out_axes,
             scale=scores.scale * q.factor * k.factor, mask=mask, heads=heads, kv_heads=kv_heads,
             head_dim=self._static(size_of_axes(q.operand, 3), anchor),
@@ -195,6 +197,12 @@ class _Finder:
             absorbed=tuple(dict.fromkeys((*scores.passed, *k.passed, *v.passed, *q.passed))),
             evidence=tuple(evidence), source=source_of(anchor),
         )  # fmt: skip
+
+
+def _phase(q_time: Any, k_time: Any) -> str:
+    if str(q_time) == str(k_time):
+        return "full"
+    return "decode" if is_one(q_time) else "cross"
 
 
 def _sdpa_frame(node: Node, q: Node, k: Node, v: Node, grouped: bool) -> tuple[Frame, Product]:

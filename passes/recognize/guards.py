@@ -7,13 +7,13 @@ from typing import Any
 import sympy
 import torch.fx
 
-from subquad.ir.mask import EmptyRows, Where
+from subquad.ir.mask import EmptyRows
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import Indices
 from subquad.passes.recognize.condition import same_condition
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, Scores
-from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean
+from subquad.passes.recognize.score_chain import ScoreReader, Scores, one_where
+from subquad.passes.recognize.symbolic_tensor import as_condition
 
 Node = torch.fx.Node
 
@@ -32,7 +32,7 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
     if kind(user) == "mul":
         reader.places.setdefault(user, place)
         factor = reader.element(a["b"] if a["a"] is probabilities else a["a"], user)
-        shown = visible_where(factor)
+        shown = one_where(factor)
         if shown is None or not same_condition(reader.in_frame(shown, user), scores.predicate):
             raise NotAttention("the attention probabilities are multiplied by something else than their mask", user)
         return "nan" if scores.infinite else "zero"
@@ -52,15 +52,6 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
     if not same_condition(seen, scores.predicate):
         raise NotAttention("probabilities are set to zero after the softmax for other keys than the mask hides", user)
     return "zero"
-
-
-def visible_where(factor: sympy.Basic) -> sympy.Basic | None:
-    """The condition under which a factor is one; None when it is anything but one or zero."""
-    if is_boolean(factor):
-        return factor
-    if isinstance(factor, Where) and factor.args[1:] == (1, 0):
-        return factor.args[0]
-    return sympy.Not(factor.args[0]) if isinstance(factor, Where) and factor.args[1:] == (0, 1) else None
 
 
 def decomposed_nan_to_num(probabilities: Node) -> tuple[Node, ...]:

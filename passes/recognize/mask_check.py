@@ -16,6 +16,7 @@ from subquad.kernels.expression import evaluate
 from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
 from subquad.passes.recognize.frame import digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
+from subquad.passes.recognize.normalisation import leads_to_exp
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import ScoreReader, Scores
 
@@ -99,7 +100,8 @@ class _Run(ConcreteRun):
             place = self.reader.places[met_at]
             along = next(n for n, index in enumerate(place) if digit(frame.key) in index.free_symbols)
             first = int(place[along] - digit(frame.key))
-            seen = (self.value(met_at) > LOWEST).narrow(along, first, self.size(frame.shape[frame.key]))
+            lowest = 0 if leads_to_exp(met_at) else LOWEST
+            seen = (self.value(met_at) > lowest).narrow(along, first, self.size(frame.shape[frame.key]))
             place = tuple(digit(frame.key) if n == along else index for n, index in enumerate(place))
         views = frame.views([2 if index != 0 else 1 for index in place], len(place), place)
         if views is None:

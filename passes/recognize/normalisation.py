@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx
 
-from subquad.ir.graph import rank_of
+from subquad.ir.graph import rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import VIEWS
 from subquad.passes.recognize.product import PRODUCTS, read_product
 from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.symbolic_tensor import is_one
 
 Node = torch.fx.Node
 SAME = frozenset(["cast", "contiguous"])
+HIDING = frozenset(["mul", "masked_fill", "where"])
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Normalised:
 
     extra_logit: a further logit in the denominator (softmax-plus-one has 0), None for none.  word: how it is spelled.
     passed: interior nodes of a softmax that is written out.  divided: the node that divides weighted values by the sum of
-    the exponentials, where `node` gives the exponentials alone.  safe: rows without any key get zeros.
+    the exponentials, where `node` gives the exponentials alone.  masked: products of the exponentials, first to last, that
+    are to hide keys by a zero.  safe: rows without any key get zeros.
     """
 
     node: Node
@@ -34,6 +37,7 @@ class Normalised:
     word: str = "softmax"
     passed: tuple[Node, ...] = ()
     divided: Node | None = None
+    masked: tuple[Node, ...] = ()
     safe: bool = False
 
 
@@ -71,28 +75,48 @@ def _exponential(node: Node) -> Normalised | None:
     if kind(inner) != "sub":
         return None
     a = arguments(inner)
-    if kind(a["b"]) != "logsumexp" or a.get("alpha", 1) != 1:
+    dim = _log_sum_exp_axis(a["b"], a["a"]) if a.get("alpha", 1) == 1 else None
+    if dim is None:
         return None
-    total = arguments(a["b"])
-    if total["x"] is not a["a"] or not total["keepdim"]:
+    return Normalised(node, a["a"], dim, word="exp minus logsumexp", passed=(inner, a["b"]))
+
+
+def _log_sum_exp_axis(value: Any, x: Any) -> int | None:
+    """The axis over which a value is log(sum(exp(x))), kept with size one, also as m + log(sum(exp(x - m))); else None."""
+    rank = rank_of(x) or 0
+    if kind(value) == "logsumexp":
+        total = arguments(value)
+        dim = _one(total["dim"])
+        return dim if total["x"] is x and total["keepdim"] else None
+    if kind(value) != "add" or rank_of(value) != rank:
         return None
-    return Normalised(node, a["a"], _one(total["dim"]), word="exp minus logsumexp", passed=(inner, a["b"]))
+    a = arguments(value)
+    log, top = (a["a"], a["b"]) if kind(_behind(a["a"], VIEWS)) == "log" else (a["b"], a["a"])
+    log = _behind(log, VIEWS)
+    total = arguments(log)["x"] if kind(log) == "log" else None
+    exponential = arguments(total)["x"] if kind(total) == "sum" else None
+    shifted = arguments(exponential)["x"] if kind(exponential) == "exp" else None
+    if kind(shifted) != "sub" or arguments(shifted)["a"] is not x:
+        return None
+    if _behind(arguments(shifted)["b"], VIEWS) is not _behind(top, VIEWS):
+        return None
+    dim = _one(arguments(total)["dim"])
+    return dim if dim is not None and is_one((shape_of(value) or ())[dim]) else None
 
 
 def _quotient(node: Node) -> Normalised | None:
     """exp(x) / sum(exp(x)), exp(x) · (1 / sum(exp(x))) and (exp(x) · V) / sum(exp(x)), also with a constant in the sum."""
     for top, bottom, between in _fractions(node):
-        exponential, product = _numerators(top)
-        if exponential is None:
+        numerator, weighted = _numerator(top)
+        total = None if numerator is None else _sum_of(numerator, bottom)
+        if numerator is None or total is None:
             continue
-        total = _sum_of(exponential, bottom)
-        if total is None:
-            continue
+        exponential, masked = _unmasked(numerator)
         found = _normalised(node, exponential, total)
         passed = (*between, *found.passed)
-        if product is None:
-            return Normalised(node, found.x, found.dim, found.extra_logit, found.word, (top, exponential, *passed))
-        return Normalised(exponential, found.x, found.dim, found.extra_logit, found.word, passed, divided=node)
+        if weighted:
+            return replace(found, node=numerator, passed=passed, divided=node, masked=masked)
+        return replace(found, passed=(top, exponential, *masked, *passed), masked=masked)
     return None
 
 
@@ -108,18 +132,43 @@ def _fractions(node: Node) -> list[tuple[Any, Any, tuple[Node, ...]]]:
     ]
 
 
-def _numerators(top: Any) -> tuple[Node | None, Node | None]:
-    """The exponentials of a numerator, and the product when they already weight values."""
+def _numerator(top: Any) -> tuple[Node | None, bool]:
+    """The exponentials of a numerator, as they are summed, and whether they already weight values there."""
     top = _behind(top, SAME)
-    if kind(top) == "exp":
-        return top, None
+    if _unmasked(top)[0] is not None:
+        return top, False
     top = _behind(top, VIEWS)
     product = read_product(top) if kind(top) in PRODUCTS else None
     if product is None:
-        return None, None
+        return None, False
     sides = [_behind(side, VIEWS | SAME) for side in (product.left, product.right)]
-    exponentials = [side for side in sides if kind(side) == "exp"]
-    return (exponentials[0], top) if len(exponentials) == 1 else (None, None)
+    found = [side for side in sides if _unmasked(side)[0] is not None]
+    return (found[0], True) if len(found) == 1 else (None, False)
+
+
+def _unmasked(value: Any) -> tuple[Any, tuple[Node, ...]]:
+    """The exponential behind products and fills of the same shape that may hide keys, and these, first to last."""
+    masked: list[Node] = []
+    while kind(value) in HIDING | SAME:
+        if kind(value) in HIDING:
+            masked.insert(0, value)
+        value = _side(value)
+    return (value, tuple(masked)) if kind(value) == "exp" else (None, ())
+
+
+def leads_to_exp(value: Any, depth: int = 6) -> bool:
+    """True for exponentials, behind a few products and fills that may hide some."""
+    if kind(value) in HIDING | SAME:
+        return depth > 0 and _side(value, depth - 1) is not None
+    return kind(value) == "exp"
+
+
+def _side(node: Node, depth: int = 6) -> Any:
+    """The operand of a product or choice that leads to exponentials and has its shape."""
+    a = arguments(node)
+    sides = [a["x"]] if "x" in a else [a["a"], a["b"]]
+    alike = [side for side in sides if rank_of(side) and str(shape_of(side)) == str(shape_of(node))]
+    return next((side for side in alike if leads_to_exp(side, depth)), None)
 
 
 def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:

@@ -10,14 +10,16 @@ import torch
 import torch.fx
 
 from subquad.ir.graph import shape_of, value_of
+from subquad.ir.mask import Where
 from subquad.ir.site import Bias, Gain, ScoreTensor
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import VIEWS, Chain, Indices
 from subquad.passes.recognize.folding import folded
 from subquad.passes.recognize.frame import Frame, digit
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
+from subquad.passes.recognize.normalisation import leads_to_exp
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_hard, is_one, size_of, visible
+from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_boolean, is_hard, is_one, size_of, visible
 
 Node = torch.fx.Node
 ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
@@ -142,6 +144,27 @@ class ScoreReader:
         if name == "pad":
             return self._padded(scores, node, a)
         raise NotAttention(f"`{name or node.target}` between the scores and the softmax is not understood", node)
+
+    def masked(self, scores: Scores, node: Node, place: Indices) -> Scores:
+        """The scores of exponentials, at `place` like the scores, that a product or a fill with zero hides keys of."""
+        a = arguments(node)
+        self.places.update(
+            {node: place} | {side: place for side in (a.get("x"), a.get("a"), a.get("b")) if leads_to_exp(side)}
+        )
+        if kind(node) in ("masked_fill", "where"):
+            kept = kind(node) == "where" and leads_to_exp(a["a"])
+            source, value = (a["mask"], a["value"]) if "mask" in a else (a["cond"], a["b"] if kept else a["a"])
+            if self.number(value) != 0:
+                raise NotAttention("exponentials are filled with another number than zero", node)
+            seen, role = as_condition(self.element(source, node)), "keep" if kept else "hide"
+            seen = seen if kept else sympy.Not(seen)
+        else:
+            source = a["b"] if a["a"] in self.places else a["a"]
+            shown = one_where(self.element(source, node))
+            if shown is None:
+                raise NotAttention("exponentials are multiplied by something that is not zero or one", node)
+            seen, role = shown, "keep"
+        return self._masked(scores, node, "hidden exponentials", seen, float("-inf"), source, role)
 
     def require_independent(self, value: Any, node: Node) -> None:
         """Refuse a tensor that is computed from the scores it meets: they would have to exist to compute it."""
@@ -340,6 +363,15 @@ class ScoreReader:
         if views is None:
             raise NotAttention("the appended logit differs between rows, which a sink per head does not", column)
         return source, views
+
+
+def one_where(factor: sympy.Basic) -> sympy.Basic | None:
+    """The condition under which a factor is one; None when it is anything but one or zero."""
+    if is_boolean(factor):
+        return factor
+    if isinstance(factor, Where) and factor.args[1:] == (1, 0):
+        return factor.args[0]
+    return sympy.Not(factor.args[0]) if isinstance(factor, Where) and factor.args[1:] == (0, 1) else None
 
 
 def drops_out(a: dict[str, Any]) -> bool:
