@@ -12,6 +12,7 @@ from subquad.ir.mask import KV, EmptyRows, Mask, Q
 from subquad.ir.site import Bias
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_check import MaskCheck
+from subquad.passes.recognize.mask_relation import conjoin
 from subquad.passes.recognize.score_chain import MaskSource, ScoreReader, Scores
 
 Node = torch.fx.Node
@@ -29,35 +30,39 @@ class MaskReader:
     def read(
         self, scores: Scores, empty: EmptyRows, anchor: Node, reader: ScoreReader
     ) -> tuple[Mask, tuple[Bias, ...]]:
-        """The provable part of the masks as a predicate, and each mask with another part as a whole tensor."""
+        """The provable part of the masks as a predicate, and each mask with another part as a whole tensor.
+
+        A mask that adds one low number is proved as a whole or not at all: where the predicate alone hid some keys and the
+        tensor the others, a row without keys would be the mean over fewer values.
+        """
         proved: list[sympy.Basic] = []
         opaque: list[Bias] = []
         for mask in scores.masks:
             parts = mask.predicate.args if isinstance(mask.predicate, sympy.And) else (mask.predicate,)
             whole = [part for part in parts if _is_whole(part)]
-            proved.extend(part for part in parts if part not in whole)
             if whole:
                 opaque.append(_bias(mask, reader))
-        predicate = sympy.And(*proved)
+            if mask.infinite or not whole:
+                proved.extend(part for part in parts if part not in whole)
+        predicate = conjoin(*proved)
         words = tuple(f"opaque: {bias.node.name} is kept as a whole tensor over queries and keys" for bias in opaque)
         if predicate == sympy.true:
             return Mask(None if opaque else sympy.true, (), empty, None, words or ("no mask",)), tuple(opaque)
         names = sorted({f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)})
         tables = tuple(self.algebra.tables[name] for name in names)
         found = Mask(predicate, tables, empty)
-        checked = (
-            "not cross-checked: it acts beside an opaque mask"
-            if opaque
-            else self.check.compare(found, scores, anchor, reader)
-        )
-        evidence = (f"mask proved from its subgraph: {found.family}", checked, *words)
+        checked = self.check.compare(found, scores, anchor, reader, tuple(opaque))
+        read = f"; it reads {', '.join(table.label for table in tables)}" if tables else ""
+        evidence = (f"mask proved from its subgraph: {found.family}{read}", checked, *words)
         return Mask(predicate, tables, empty, None, evidence), tuple(opaque)
 
 
 def _bias(mask: MaskSource, reader: ScoreReader) -> Bias:
     assert mask.source is not None
     tensor = reader.over_scores(mask.source, mask.met_at)
-    return Bias(tensor.node, tensor.views, role=mask.role)
+    if mask.role == "low" and not mask.infinite:
+        return Bias(tensor.node, tensor.views)
+    return Bias(tensor.node, tensor.views, role=mask.role, fill=mask.fill)
 
 
 def _is_whole(part: sympy.Basic) -> bool:
