@@ -24,11 +24,12 @@ from subquad.passes.recognize.frame import DIM, Frame, digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_reading import MaskReader
 from subquad.passes.recognize.normalisation import Normalised, read_softmax
-from subquad.passes.recognize.operands import Peeled, peel, size_of_axes
+from subquad.passes.recognize.operands import Peeled, alike, peel, size_of_axes
 from subquad.passes.recognize.product import Product
 from subquad.passes.recognize.provenance import ProvenanceReader
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import LOW, MaskSource, ScoreReader, Scores, read_scores
+from subquad.passes.recognize.score_chain import ScoreReader, read_scores
+from subquad.passes.recognize.scores import LOW, MaskSource, Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, is_one, visible
 from subquad.passes.recognize.weighting import read_weighting
 
@@ -102,10 +103,13 @@ class _Finder:
         place = digits(frame.shape)
         out = (*(place[n] for n in range(len(place) - 2)), place[-2], DIM)
         reader = ScoreReader(frame, {node: place}, self.algebra, {node: frame.shape})
-        q_read = peel(q, _broadcast(q, (*place[:-1], DIM)), frame, frame.query, self.algebra)
+        q_read = peel(q, _broadcast(q, (*place[:-1], DIM)), frame, frame.query, self.algebra)[-1]
         keys = _grouped((*place[:-2], place[-1], DIM), k, frame, a["enable_gqa"])
-        k_read = peel(k, _broadcast(k, keys), frame, frame.key, self.algebra)
-        v_read = peel(v, _broadcast(v, keys), frame.with_keys((shape_of(v) or ())[-2]), frame.key, None)
+        k_read, v_read = alike(
+            peel(k, _broadcast(k, keys), frame, frame.key, self.algebra),
+            peel(v, _broadcast(v, keys), frame.with_keys((shape_of(v) or ())[-2]), frame.key, None),
+            node,
+        )
         head_dim = self._static(size_of_axes(q_read.operand, 3), node)
         scale = float(a["scale"]) if a["scale"] is not None else 1 / math.sqrt(head_dim)
         words = [f"scaled_dot_product_attention, scale {scale:g}"]
@@ -119,7 +123,7 @@ class _Finder:
             scores, empty = self._sdpa_mask(scores, a["mask"], node, reader)
         read = frame.axes(shape_of(node) or (), out, frame.query, (shape_of(node) or (1,))[-1])
         if read is None:
-            raise NotAttention("the axes of the result are not batch, head, time and dim", node)
+            raise NotAttention("the axes of the result are not batch, head, time and dim", node, "layout")
         return self._site(node, "sdpa", node, read.axes, q_read, k_read, v_read, reader, scores, empty)
 
     def _sdpa_mask(self, scores: Scores, mask: Node, node: Node, reader: ScoreReader) -> tuple[Scores, EmptyRows]:
@@ -148,17 +152,14 @@ class _Finder:
             scores = reader.masked(scores, node, chain.places[chain.nodes[-1]])
         weighting = read_weighting(found, chain, scores, reader)
         out = chain.places[chain.nodes[0]]
-        q_read = peel(
-            product.left, product.indices(product.left, product.left_labels, out, DIM), frame, frame.query, self.algebra
+        left = product.indices(product.left, product.left_labels, out, DIM)
+        right = product.indices(product.right, product.right_labels, out, DIM)
+        q_read = peel(product.left, left, frame, frame.query, self.algebra)[-1]
+        k_read, v_read = alike(
+            peel(product.right, right, frame, frame.key, self.algebra),
+            peel(weighting.values, weighting.indices, frame, frame.key, None),
+            found.node,
         )
-        k_read = peel(
-            product.right,
-            product.indices(product.right, product.right_labels, out, DIM),
-            frame,
-            frame.key,
-            self.algebra,
-        )
-        v_read = peel(weighting.values, weighting.indices, frame, frame.key, None)
         passed = (*scores.passed, *found.passed, *weighting.passed)
         scores = replace(scores, passed=passed, words=(*scores.words, found.word))
         if weighting.empty_rows is None:
@@ -170,7 +171,7 @@ class _Finder:
 
     def _static(self, size: Any, node: Node) -> int:
         if not isinstance(size, int):
-            raise NotAttention("the number of heads or the head size is not a fixed number", node)
+            raise NotAttention("the number of heads or the head size is not a fixed number", node, "sizes")
         return size
 
     def _site(
@@ -181,8 +182,6 @@ class _Finder:
         mask, opaque = self.masks.read(scores, empty, anchor, reader)
         evidence = [f"read from the graph: {' → '.join(scores.words)}"]
         kv_heads = heads // k.repeats
-        if k.repeats != v.repeats:
-            raise NotAttention("keys and values repeat their heads differently", anchor)
         if k.repeats > 1:
             evidence.append(f"each key/value head serves {k.repeats} query heads (repetition peeled off)")
         q_time, k_time = size_of_axes(q.operand, 1), size_of_axes(k.operand, 1)
@@ -209,13 +208,13 @@ def _sdpa_frame(node: Node, q: Node, k: Node, v: Node, grouped: bool) -> tuple[F
     rank = rank_of(node) or 0
     ranks = {rank_of(x) for x in (q, k, v)}
     if rank < 2 or None in ranks or max(r or 0 for r in ranks) > rank:
-        raise NotAttention("scaled_dot_product_attention of operands without recorded sizes", node)
+        raise NotAttention("scaled_dot_product_attention of operands without recorded sizes", node, "sizes")
     out, keys = shape_of(node) or (), shape_of(k) or ()
     shape = (*out[:-1], keys[-2])
     rest = tuple(range(rank - 2))
     has_heads = rank >= 4 and isinstance(shape[rank - 3], int)
     if grouped and not has_heads:
-        raise NotAttention("enable_gqa without a fixed number of heads", node)
+        raise NotAttention("enable_gqa without a fixed number of heads", node, "heads")
     batch, heads = (rest[:-1], rest[-1:]) if has_heads else (rest, ())
     letters = "abcdefgh"[: rank - 2]
     product = Product(q, k, letters + "mk", letters + "nk", letters + "mn")

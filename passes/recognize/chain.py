@@ -19,12 +19,13 @@ from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 Node = torch.fx.Node
 Indices = tuple[sympy.Basic, ...]
 VIEWS = frozenset(
-    ["view", "flatten", "unflatten", "transpose", "t", "reversed", "permute", "movedim", "unsqueeze", "squeeze", "expand", "repeat",
-     "contiguous"]
+    ["view", "flatten", "unflatten", "transpose", "t", "reversed", "permute", "movedim", "unsqueeze", "squeeze", "expand",
+     "repeat", "contiguous"]
 )  # fmt: skip
 JOINED = frozenset(["cat", "pad"])
 _STEPS = VIEWS | {
-    "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad", "clamp",
+    "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad",
+    "clamp",
 }  # fmt: skip
 
 
@@ -48,28 +49,32 @@ def read_chain(softmax_input: Any, dim: int | None) -> Chain:
     Raises NotAttention when there is none, or when keys are not what the softmax runs over.
     """
     if not isinstance(softmax_input, Node):
-        raise NotAttention("the softmax is taken of a constant", softmax_input)
+        raise NotAttention("the softmax is taken of a constant", softmax_input, "constant")
     nodes = tuple(reversed(_path_to_product(softmax_input)))
     product = read_product(nodes[0])
     if product is None:
-        raise NotAttention("the scores come from a product that does not pair queries with keys", nodes[0])
+        raise NotAttention("the scores come from a product that does not pair queries with keys", nodes[0], "no-pairs")
     widest = _widest(nodes)
     shape = shape_of(widest) or ()
     found = _places(nodes, nodes.index(widest), digits(shape))
     places = {node: found[node] for node in nodes}
     last = places[nodes[-1]]
     if dim is None or not -len(last) <= dim < len(last):
-        raise NotAttention(f"the softmax runs over axis {dim}, which is not one axis of the scores", nodes[-1])
+        raise NotAttention(
+            f"the softmax runs over axis {dim}, which is not one axis of the scores", nodes[-1], "softmax-axis"
+        )
     keys = _without_offset(last[dim % len(last)])
     key = next((n for n in range(len(shape)) if keys == digit(n)), None)
     if key is None:
         what = "an axis of size one" if keys == 0 else "several axes of the scores at once, or a part of one"
-        raise NotAttention(f"the softmax runs over {what}, not over keys", nodes[-1])
+        raise NotAttention(f"the softmax runs over {what}, not over keys", nodes[-1], "softmax-axis")
     of_product = dict(zip(product.out_labels, places[nodes[0]], strict=True))
     if keys not in [of_product[label] for label in product.kept_right]:
         product = product.swapped()
     if [of_product[label] for label in product.kept_right] != [keys]:
-        raise NotAttention("the softmax does not run over the keys of the product that feeds it", nodes[-1])
+        raise NotAttention(
+            "the softmax does not run over the keys of the product that feeds it", nodes[-1], "softmax-axis"
+        )
     queries = [of_product[label] for label in product.kept_left]
     right = IndexMap(product.right, product.indices(product.right, product.right_labels, places[nodes[0]], DIM))
     return Chain(product, nodes, _roles(right, queries, key, shape), places)
@@ -96,7 +101,7 @@ def _places(nodes: tuple[Node, ...], frame: int, start: Indices) -> dict[Node, I
             continue
         before = trace_view(IndexMap(later, places[later]))
         if before is None or before.node is not earlier:
-            raise NotAttention("the scores are rearranged in a way that is not understood", later)
+            raise NotAttention("the scores are rearranged in a way that is not understood", later, "layout")
         places[earlier] = plain.simplified(before.indices)
     for earlier, later in zip(nodes[frame:], nodes[frame + 1 :], strict=False):
         places[later] = plain.simplified(step_forward(later, earlier, places[earlier]))
@@ -112,7 +117,7 @@ def step_forward(later: Node, earlier: Node, place: Indices) -> Indices:
         return _same_shape(place, later, earlier)
     moved = viewed(later, earlier, place)
     if moved is None:
-        raise NotAttention("the scores are rearranged in a way that is not understood", later)
+        raise NotAttention("the scores are rearranged in a way that is not understood", later, "layout")
     return moved
 
 
@@ -131,7 +136,7 @@ def _behind(later: Node, earlier: Node, place: Indices) -> Indices:
 def _same_shape(place: Indices, node: Node, known: Node) -> Indices:
     shape, other = shape_of(node) or (), shape_of(known) or ()
     if len(shape) != len(other) or any(is_one(a) != is_one(b) for a, b in zip(shape, other, strict=True)):
-        raise NotAttention("the scores are broadcast to more axes between the product and the softmax", node)
+        raise NotAttention("the scores are broadcast to more axes between the product and the softmax", node, "layout")
     return place
 
 

@@ -8,14 +8,16 @@ import sympy
 
 from subquad.ir.mask import KV, EmptyRows, Q
 from subquad.ir.site import Bias
-from subquad.passes.recognize.score_chain import MaskSource, ScoreReader, Scores
+from subquad.passes.recognize.score_chain import ScoreReader
+from subquad.passes.recognize.scores import MaskSource, Scores
 
 
 def empty_rows(scores: Scores, guard: EmptyRows | None, safe: bool) -> EmptyRows:
     """The value of rows without keys.
 
-    A sink takes all the probability of such a row.  -inf in a whole row makes it NaN; one low number in a whole row makes it the mean of the values.  guard: what the graph
-    does to such rows after the softmax.  safe: the softmax itself gives them zeros.
+    A sink takes all the probability of such a row.  -inf in a whole row makes it NaN; one low number in a whole row makes it
+    the mean of the values.  guard: what the graph does to such rows after the softmax.  safe: the softmax itself gives them
+    zeros.
     """
     if scores.predicate == sympy.true or scores.sinks is not None:
         return "zero"

@@ -10,9 +10,10 @@ import torch.fx
 from subquad.ir.mask import EmptyRows
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import Indices
-from subquad.passes.recognize.condition import same_condition
+from subquad.passes.recognize.mask_relation import implies, negate
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, Scores, one_where
+from subquad.passes.recognize.score_chain import ScoreReader, one_where
+from subquad.passes.recognize.scores import Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition
 
 Node = torch.fx.Node
@@ -22,19 +23,22 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
     """The value that an operation on the probabilities gives to rows without keys.
 
     Understood: nan_to_num with zero, a fill with zero of exactly the hidden keys, a product with exactly the mask, and the
-    guard of a decomposed SDPA, where(row has no key, 0, p).  Raises NotAttention for anything that changes a probability of a visible key.
+    guard of a decomposed SDPA, where(row has no key, 0, p).  Raises NotAttention for anything that changes a probability of
+    a visible key.
     """
     a = arguments(user)
     if kind(user) == "nan_to_num":
         if a["nan"] in (0, None):
             return "zero" if scores.infinite else "mean"
-        raise NotAttention("nan_to_num puts another number than zero in the place of empty rows", user)
+        raise NotAttention("nan_to_num puts another number than zero in the place of empty rows", user, "guard")
     if kind(user) == "mul":
         reader.places.setdefault(user, place)
         factor = reader.element(a["b"] if a["a"] is probabilities else a["a"], user)
         shown = one_where(factor)
-        if shown is None or not same_condition(reader.in_frame(shown, user), scores.predicate):
-            raise NotAttention("the attention probabilities are multiplied by something else than their mask", user)
+        if shown is None or not _same(reader.in_frame(shown, user), scores.predicate):
+            raise NotAttention(
+                "the attention probabilities are multiplied by something else than their mask", user, "guard"
+            )
         return "nan" if scores.infinite else "zero"
     if kind(user) == "masked_fill":
         condition, value, hidden_when = a["mask"], a["value"], True
@@ -43,15 +47,21 @@ def guarded_rows(user: Node, probabilities: Node, place: Indices, scores: Scores
         if a["b"] is probabilities:
             value, hidden_when = a["a"], True
     if reader.number(value) != 0:
-        raise NotAttention("the attention probabilities are replaced by something that is not zero", user)
+        raise NotAttention("the attention probabilities are replaced by something that is not zero", user, "guard")
     if hidden_when and _is_empty_row(condition, scores):
         return "zero"
     reader.places.setdefault(user, place)
     seen = as_condition(reader.element(condition, user))
-    seen = reader.in_frame(sympy.Not(seen) if hidden_when else seen, user)
-    if not same_condition(seen, scores.predicate):
-        raise NotAttention("probabilities are set to zero after the softmax for other keys than the mask hides", user)
+    seen = reader.in_frame(negate(seen) if hidden_when else seen, user)
+    if not _same(seen, scores.predicate):
+        raise NotAttention(
+            "probabilities are set to zero after the softmax for other keys than the mask hides", user, "guard"
+        )
     return "zero"
+
+
+def _same(a: sympy.Basic, b: sympy.Basic) -> bool:
+    return a == b or (implies(a, b) and implies(b, a))
 
 
 def decomposed_nan_to_num(probabilities: Node) -> tuple[Node, ...]:

@@ -18,7 +18,8 @@ from subquad.passes.recognize.frame import digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.normalisation import leads_to_exp
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, Scores
+from subquad.passes.recognize.score_chain import ScoreReader
+from subquad.passes.recognize.scores import Scores
 
 Node = torch.fx.Node
 SIZES = ((2, 7), (3, 12))

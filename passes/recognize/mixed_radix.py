@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import sympy
-
 from torch.utils._sympy.functions import FloorDiv as SizeDiv
 
 from subquad.ir.mask import FloorDiv

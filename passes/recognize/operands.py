@@ -29,8 +29,8 @@ class Peeled:
     passed: tuple[Node, ...]
 
 
-def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: MaskAlgebra | None) -> Peeled:
-    """Walk back from a product's operand to the earliest tensor with clean (batch, time, head, dim) axes.
+def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: MaskAlgebra | None) -> list[Peeled]:
+    """Every tensor with clean (batch, time, head, dim) axes on the walk back from a product's operand, the earliest last.
 
     indices: formulas of the operand's indices in the frame's digits and DIM.  time: the frame's axis that is its time.
     Multiplications by one number are taken out as a factor when `algebra` is there to read numbers; values keep theirs.
@@ -38,13 +38,13 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
     """
     here = IndexMap(node, indices)
     dim = next((size for size, index in zip(shape_of(node) or (), indices, strict=True) if index == DIM), 1)
-    best: Peeled | None = None
+    found: list[Peeled] = []
     passed: list[Node] = []
     factor = 1.0
     while True:
         read = frame.axes(shape_of(here.node) or (), here.indices, time, dim)
         if read is not None:
-            best = Peeled(Operand(here.node, read.axes), read.repeats, factor, tuple(passed))
+            found.append(Peeled(Operand(here.node, read.axes), read.repeats, factor, tuple(passed)))
         before = frame.traced(here)
         if before is None:
             scaled = None if algebra is None else _scaled(here.node, algebra)
@@ -53,9 +53,16 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
             before, factor = IndexMap(scaled[0], here.indices), factor * scaled[1]
         passed.append(here.node)
         here = before
-    if best is None:
-        raise NotAttention("an operand of the product has axes that are not batch, time, head and dim", node)
-    return best
+    if not found:
+        raise NotAttention("an operand of the product has axes that are not batch, time, head and dim", node, "layout")
+    return found
+
+
+def alike(keys: list[Peeled], values: list[Peeled], node: Node) -> tuple[Peeled, Peeled]:
+    """The earliest keys and values whose heads are repeated equally often, as one operator takes them."""
+    for repeats in sorted({k.repeats for k in keys} & {v.repeats for v in values}, reverse=True):
+        return tuple([p for p in side if p.repeats == repeats][-1] for side in (keys, values))  # type: ignore[return-value]
+    raise NotAttention("keys and values repeat their heads differently", node, "heads")
 
 
 def _scaled(node: Node, algebra: MaskAlgebra) -> tuple[Node, float] | None:

@@ -17,76 +17,16 @@ from subquad.passes.recognize.chain import VIEWS, Chain, Indices
 from subquad.passes.recognize.folding import folded
 from subquad.passes.recognize.frame import Frame, digit
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
+from subquad.passes.recognize.mask_relation import negate
 from subquad.passes.recognize.normalisation import leads_to_exp
 from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.scores import LOW, MaskSource, Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_boolean, is_hard, is_one, size_of, visible
 
 Node = torch.fx.Node
 ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
 REDUCTIONS = frozenset(["amax", "maximum", "mean", "logsumexp"])
-LOW = -1e38
-"""Stands for the number that an additive mask adds to hidden scores, which only its tensor tells."""
 DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; call eval()"
-
-
-@dataclass(frozen=True)
-class MaskSource:
-    """One mask that met the scores: what it lets through, the tensor it is, the node where they met.
-
-    source: None for a mask that no tensor holds (is_causal).  role: of the tensor, as in Bias.  fill: what hidden scores
-    become, or what is added to them.
-    """
-
-    predicate: sympy.Basic
-    source: Node | None
-    met_at: Node
-    role: str
-    fill: float = float("-inf")
-
-    @property
-    def infinite(self) -> bool:
-        """True when hidden scores are -inf."""
-        return self.fill == float("-inf")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores as read so far: softcap(gain·scale·q·k) + biases, seen where all `masks` let them be.
-
-    sinks: a further logit per row.
-    first_key: where the keys begin on the softmax's axis.  passed: interior nodes.  words: what was read, from the product
-    to the softmax.
-    """
-
-    product: Node
-    scale: float = 1.0
-    gain: Gain | None = None
-    softcap: float | None = None
-    biases: tuple[Bias, ...] = ()
-    masks: tuple[MaskSource, ...] = ()
-    sinks: ScoreTensor | float | None = None
-    first_key: sympy.Basic = sympy.S.Zero
-    passed: tuple[Node, ...] = ()
-    words: tuple[str, ...] = ()
-
-    @property
-    def infinite(self) -> bool:
-        """True when every hidden key has -inf: then a row without keys is NaN."""
-        return all(mask.infinite for mask in self.masks)
-
-    @property
-    def predicate(self) -> sympy.Basic:
-        """The condition, in b, h, q and kv, under which a key is seen."""
-        return sympy.And(*(mask.predicate for mask in self.masks))
-
-    def after(self, node: Node, word: str, **changes: Any) -> Scores:
-        """The same scores one operation later."""
-        return replace(self, passed=(*self.passed, node), words=(*self.words, word), **changes)
-
-    @property
-    def is_bare(self) -> bool:
-        """True while nothing but a scale was applied."""
-        return not self.biases and self.predicate == sympy.true and self.softcap is None and self.sinks is None
 
 
 def read_scores(chain: Chain, algebra: MaskAlgebra) -> Scores:
@@ -127,7 +67,7 @@ class ScoreReader:
             return scores.after(node, "dropout(0)")
         if name == "tanh":
             if not scores.is_bare:
-                raise NotAttention("a tanh after a mask, a bias or another tanh is not a softcap", node)
+                raise NotAttention("a tanh after a mask, a bias or another tanh is not a softcap", node, "step")
             return scores.after(node, "tanh", softcap=1.0)
         if name == "neg":
             return self._times(scores, node, -1.0, "neg")
@@ -143,7 +83,9 @@ class ScoreReader:
             return self._joined(scores, node, before, a)
         if name == "pad":
             return self._padded(scores, node, a)
-        raise NotAttention(f"`{name or node.target}` between the scores and the softmax is not understood", node)
+        raise NotAttention(
+            f"`{name or node.target}` between the scores and the softmax is not understood", node, "step"
+        )
 
     def masked(self, scores: Scores, node: Node, place: Indices) -> Scores:
         """The scores of exponentials, at `place` like the scores, that a product or a fill with zero hides keys of."""
@@ -155,14 +97,14 @@ class ScoreReader:
             kept = kind(node) == "where" and leads_to_exp(a["a"])
             source, value = (a["mask"], a["value"]) if "mask" in a else (a["cond"], a["b"] if kept else a["a"])
             if self.number(value) != 0:
-                raise NotAttention("exponentials are filled with another number than zero", node)
+                raise NotAttention("exponentials are filled with another number than zero", node, "mask")
             seen, role = as_condition(self.element(source, node)), "keep" if kept else "hide"
-            seen = seen if kept else sympy.Not(seen)
+            seen = seen if kept else negate(seen)
         else:
             source = a["b"] if a["a"] in self.places else a["a"]
             shown = one_where(self.element(source, node))
             if shown is None:
-                raise NotAttention("exponentials are multiplied by something that is not zero or one", node)
+                raise NotAttention("exponentials are multiplied by something that is not zero or one", node, "mask")
             seen, role = shown, "keep"
         return self._masked(scores, node, "hidden exponentials", seen, float("-inf"), source, role)
 
@@ -194,7 +136,7 @@ class ScoreReader:
         self.require_independent(value, node)
         views = self.frame.views(shape_of(value) or (), len(self.places[node]), self.places[node])
         if views is None:
-            raise NotAttention("a tensor meets the scores in a layout that is not understood", node)
+            raise NotAttention("a tensor meets the scores in a layout that is not understood", node, "layout")
         return ScoreTensor(value, views)
 
     @property
@@ -208,11 +150,11 @@ class ScoreReader:
 
     def _times(self, scores: Scores, node: Node, factor: float, word: str) -> Scores:
         if factor == 0:
-            raise NotAttention("the scores are multiplied or divided by zero", node)
+            raise NotAttention("the scores are multiplied or divided by zero", node, "scale")
         if (scores.predicate != sympy.true or scores.softcap is not None) and factor <= 0:
-            raise NotAttention("masked or capped scores are multiplied by a number that is not positive", node)
+            raise NotAttention("masked or capped scores are multiplied by a number that is not positive", node, "scale")
         if scores.sinks is not None:
-            raise NotAttention("the scores are scaled after a sink logit was appended", node)
+            raise NotAttention("the scores are scaled after a sink logit was appended", node, "scale")
         return scores.after(
             node, word, scale=scores.scale * factor,
             softcap=None if scores.softcap is None else scores.softcap * factor,
@@ -222,22 +164,24 @@ class ScoreReader:
     def _scaled(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         divided = kind(node) == "div"
         if divided and (a["a"] is not before or a.get("rounding_mode") is not None):
-            raise NotAttention("the scores are a divisor", node)
+            raise NotAttention("the scores are a divisor", node, "scale")
         other = a["b"] if a["a"] is before else a["a"]
         factor = self.number(other)
         if factor is None:
             return self._gained(scores, node, other, divided)
         if factor == 0:
-            raise NotAttention("the scores are multiplied or divided by zero", node)
+            raise NotAttention("the scores are multiplied or divided by zero", node, "scale")
         return self._times(scores, node, 1 / factor if divided else factor, kind(node))
 
     def _gained(self, scores: Scores, node: Node, other: Any, divided: bool) -> Scores:
         if not isinstance(other, Node) or shape_of(other) is None:
-            raise NotAttention(f"the scores are multiplied by {other}", node)
+            raise NotAttention(f"the scores are multiplied by {other}", node, "scale")
         if scores.gain is not None or not scores.is_bare:
-            raise NotAttention("masked, capped or biased scores are multiplied by a tensor, not by one number", node)
+            raise NotAttention(
+                "masked, capped or biased scores are multiplied by a tensor, not by one number", node, "gain"
+            )
         if self._varies_with_key(other, node):
-            raise NotAttention("the scores are multiplied by a tensor that differs from key to key", node)
+            raise NotAttention("the scores are multiplied by a tensor that differs from key to key", node, "gain")
         tensor = self.over_scores(other, node)
         return scores.after(node, f"{kind(node)} by a tensor", gain=Gain(tensor.node, tensor.views, divided))
 
@@ -251,7 +195,7 @@ class ScoreReader:
     def _added(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         negative = kind(node) == "sub"
         if negative and a["a"] is not before:
-            raise NotAttention("the scores are subtracted from something", node)
+            raise NotAttention("the scores are subtracted from something", node, "step")
         other = a["b"] if a["a"] is before else a["a"]
         if isinstance(other, Node) and self._is_of_row(other, node):
             return scores.after(node, "minus the row's maximum" if negative else "plus a number of the row")
@@ -262,11 +206,11 @@ class ScoreReader:
         if number is not None and abs(number) < 1e30:
             return scores.after(node, "shift")
         if not isinstance(other, Node):
-            raise NotAttention(f"{other} is added to the scores", node)
+            raise NotAttention(f"{other} is added to the scores", node, "step")
         read = visible(self.element(other, node)) if factor > 0 else None
         if read is None:
             if scores.sinks is not None:
-                raise NotAttention("a bias is added to the scores after a sink logit was appended", node)
+                raise NotAttention("a bias is added to the scores after a sink logit was appended", node, "step")
             tensor = self.over_scores(other, node)
             return scores.after(node, "bias", biases=(*scores.biases, Bias(tensor.node, tensor.views, factor)))
         return self._masked(scores, node, "mask", read[0], float("-inf") if read[1] else LOW, other, "low")
@@ -286,7 +230,7 @@ class ScoreReader:
             )
         seen = as_condition(self.element(condition, node))
         if hidden_when:
-            seen = sympy.Not(seen)
+            seen = negate(seen)
         role = "hide" if hidden_when else "keep"
         return self._masked(scores, node, "fill", seen, value, condition, role)
 
@@ -324,7 +268,7 @@ class ScoreReader:
         pad, value = list(a["pad"]), self.number(a["value"] or 0.0)
         last = digit(self.frame.key) in self.places[node][-1].free_symbols
         if sorted(pad) != [0, 1] or not last or a["mode"] != "constant" or value is None or scores.sinks is not None:
-            raise NotAttention("the scores are padded with something that is not one sink logit a row", node)
+            raise NotAttention("the scores are padded with something that is not one sink logit a row", node, "sink")
         return scores.after(node, "sink", sinks=value, first_key=size_of(pad[0]))
 
     def _joined(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
@@ -333,11 +277,13 @@ class ScoreReader:
         along = a["dim"] % len(place)
         parts = list(a["tensors"])
         if len(parts) != 2 or place[along] != digit(self.frame.key) or scores.sinks is not None:
-            raise NotAttention("the scores are concatenated with something that is not one sink logit a row", node)
+            raise NotAttention(
+                "the scores are concatenated with something that is not one sink logit a row", node, "sink"
+            )
         other = parts[1] if parts[0] is before else parts[0]
         shape = list(shape_of(other) or ())
         if not is_one(shape[along]):
-            raise NotAttention("the scores are concatenated with more than one further logit a row", node)
+            raise NotAttention("the scores are concatenated with more than one further logit a row", node, "sink")
         first = sympy.S.Zero if parts[0] is before else size_of(shape[along])
         number = self.number(other)
         sinks: ScoreTensor | float
@@ -361,8 +307,17 @@ class ScoreReader:
         )
         views = self.frame.views(shape, len(place), place) if per_head else None
         if views is None:
-            raise NotAttention("the appended logit differs between rows, which a sink per head does not", column)
+            raise NotAttention(
+                "the appended logit differs between rows, which a sink per head does not", column, "sink"
+            )
         return source, views
+
+
+def is_lifted(value: Node) -> bool:
+    """True for a Python number that Dynamo made an input: to read it makes Dynamo compile again when it changes."""
+    while value.op == "call_method" and value.target == "item":
+        value = value.args[0]  # type: ignore[assignment]
+    return value.op == "placeholder" and "grapharg" in value.meta
 
 
 def one_where(factor: sympy.Basic) -> sympy.Basic | None:
@@ -371,7 +326,7 @@ def one_where(factor: sympy.Basic) -> sympy.Basic | None:
         return factor
     if isinstance(factor, Where) and factor.args[1:] == (1, 0):
         return factor.args[0]
-    return sympy.Not(factor.args[0]) if isinstance(factor, Where) and factor.args[1:] == (0, 1) else None
+    return negate(factor.args[0]) if isinstance(factor, Where) and factor.args[1:] == (0, 1) else None
 
 
 def drops_out(a: dict[str, Any]) -> bool:
@@ -391,5 +346,7 @@ def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:
                 return float(expression)
             return folded(value, algebra.module)
         if isinstance(recorded, (int, float)):
+            return float(recorded)
+        if isinstance(recorded, torch.SymFloat) and is_lifted(value):
             return float(recorded)
     return None

@@ -18,7 +18,8 @@ from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
 from subquad.passes.recognize.normalisation import Normalised
 from subquad.passes.recognize.product import PRODUCTS, Product, read_product
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, Scores, drops_out
+from subquad.passes.recognize.score_chain import ScoreReader, drops_out
+from subquad.passes.recognize.scores import Scores
 from subquad.passes.recognize.symbolic_tensor import size_of
 
 Node = torch.fx.Node
@@ -59,7 +60,7 @@ def read_weighting(found: Normalised, chain: Chain, scores: Scores, reader: Scor
         user, product = _next(here, found.passed)
         if product is not None:
             if not whole:
-                raise NotAttention("the probability of an appended logit weights a value", user)
+                raise NotAttention("the probability of an appended logit weights a value", user, "sink")
             weighting = _output(user, product, place, chain, passed, empty)
             return weighting if found.divided is None else _divided(weighting, found.divided)
         name = kind(user)
@@ -91,7 +92,9 @@ def _divided(weighting: Weighting, quotient: Node) -> Weighting:
     """The same weighting one division later, where the exponentials' sum divides what they weighted."""
     users = users_of(weighting.out)
     if users != [quotient] or str(shape_of(quotient)) != str(shape_of(weighting.out)):
-        raise NotAttention("the weighted values are used before they are divided by the exponentials' sum", quotient)
+        raise NotAttention(
+            "the weighted values are used before they are divided by the exponentials' sum", quotient, "values"
+        )
     return replace(weighting, out=quotient, passed=(*weighting.passed, weighting.out))
 
 
@@ -115,12 +118,12 @@ def _kept_keys(user: Node, here: Node, place: Indices, chain: Chain, scores: Sco
     keys = digit(chain.frame.key)
     along = next((n for n, index in enumerate(place) if keys in index.free_symbols), None)
     if traced is None or traced.node is not here or len(shape) != len(place) or along is None or scores.sinks is None:
-        raise NotAttention("a part of the attention probabilities is cut out", user)
+        raise NotAttention("a part of the attention probabilities is cut out", user, "values")
     begins = sympy.expand(traced.indices[along] - marks[along])
     others = all(index == mark for n, (index, mark) in enumerate(zip(traced.indices, marks, strict=True)) if n != along)
     kept = size_of(shape[along])
     if begins != scores.first_key or not others or sympy.expand(kept - chain.frame.sizes[keys]) != 0:
-        raise NotAttention("a part of the attention probabilities is cut out", user)
+        raise NotAttention("a part of the attention probabilities is cut out", user, "values")
     return tuple(keys if n == along else index for n, index in enumerate(place))
 
 
@@ -131,9 +134,9 @@ def _output(
     of_left = dict(zip(product.left_labels, place, strict=True))
     keys = digit(frame.key)
     if of_left[product.contracted] != keys:
-        raise NotAttention("the probabilities are summed over another axis than the keys", node)
+        raise NotAttention("the probabilities are summed over another axis than the keys", node, "values")
     if product.addend is not None or product.alpha != 1:
-        raise NotAttention("the weighted values are scaled or added to something in one operation", node)
+        raise NotAttention("the weighted values are scaled or added to something in one operation", node, "values")
     out = tuple(of_left.get(label, DIM) for label in product.out_labels)
     indices = product.indices(product.right, product.right_labels, out, keys)
     last = node
@@ -144,7 +147,7 @@ def _output(
         users = users_of(last)
         moved = viewed(users[0], last, out) if len(users) == 1 and kind(users[0]) in VIEWS else None
         if moved is None:
-            raise NotAttention("the weighted values are laid out in a way that is not understood", node)
+            raise NotAttention("the weighted values are laid out in a way that is not understood", node, "layout")
         interior.append(last)
         last, out = users[0], frame.simplified(moved)
         read = frame.axes(shape_of(last) or (), out, frame.query, dim)
