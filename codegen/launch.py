@@ -91,7 +91,7 @@ def softmax_forward(given: dict[str, Any], schedule: Schedule = SOFTMAX) -> tupl
     for index, operand in enumerate(given["operands"]):
         kind = torch.int8 if operand.dtype == torch.bool else torch.int64
         tables.append("int8" if operand.dtype == torch.bool else "int64")
-        table = operand.to(kind)
+        table = torch.atleast_1d(operand.to(kind))
         values[f"t{index}_ptr"] = table
         values |= {f"t{index}_stride{axis}": table.stride(axis) for axis in range(table.dim())}
         values |= {f"t{index}_size{axis}": size for axis, size in enumerate(table.shape)}

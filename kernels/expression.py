@@ -169,8 +169,8 @@ def parse(text: str, grammar: str = "mask") -> Expression:
 def evaluate(text: str, env: Mapping[str, Value], grammar: str = "mask") -> Value:
     """Value of the expression under `env` (index tensors that broadcast, ints, tables as tensors, weights [.., K, F]).
 
-    A table index outside the table reads as 0 (False). Raises ValueError on a missing name or a wrong number of table
-    indices.
+    A table index outside the table reads as 0 (False); a table without axes is read at index 0. Raises ValueError on a
+    missing name or a wrong number of table indices.
     """
     return evaluate_all((text,), env, grammar)[0]
 
@@ -260,6 +260,7 @@ def _where(condition: Value, yes: Value, no: Value) -> Value:
 
 
 def _gather(name: str, table: Tensor, indices: list[Value]) -> Value:
+    table = torch.atleast_1d(table)
     if len(indices) != table.dim():
         raise ValueError(f"Table {name} has {table.dim()} dimensions but is read with {len(indices)} indices.")
     places = [torch.as_tensor(index, dtype=torch.int64, device=table.device) for index in indices]

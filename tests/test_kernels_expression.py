@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subquad.codegen.expressions import HELPERS, predicate
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, block_tests, evaluate, parse
 
 NUMBERS = [
@@ -110,6 +111,87 @@ def test_tables_read_false_outside_and_floor_division_rounds_down():
     table = torch.ones(3, dtype=torch.bool)
     assert evaluate("t0[kv]", {"kv": torch.tensor([-1, 0, 2, 3]), "t0": table}).tolist() == [False, True, True, False]
     assert evaluate("q // 4 == -1", {"q": torch.tensor([-4, -1, 0])}).tolist() == [True, True, False]
+
+
+def test_a_table_without_axes_is_read_at_index_zero():
+    assert evaluate("kv <= q + t0[0]", {"q": 1, "kv": torch.arange(5), "t0": torch.tensor(2)}).tolist() == [
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+class _Device(torch.Tensor):
+    """Integers that divide towards zero, as they do on a device."""
+
+    def __floordiv__(self, other):
+        return torch.div(self, other, rounding_mode="trunc")
+
+
+class _Pointer:
+    """The flat memory of a table."""
+
+    def __init__(self, memory, place=0):
+        self.memory, self.place = memory.reshape(-1), place
+
+    def __add__(self, place):
+        return _Pointer(self.memory, self.place + place)
+
+
+class _Language:
+    """The functions of triton.language that predicates use, on torch tensors."""
+
+    minimum, maximum, abs = torch.minimum, torch.maximum, torch.abs
+
+    @staticmethod
+    def where(condition, yes, no):
+        return torch.where(condition, yes, no)
+
+    @staticmethod
+    def load(pointer, mask, other):
+        place, mask = torch.broadcast_tensors(torch.as_tensor(pointer.place), torch.as_tensor(mask))
+        assert bool(((place >= 0) & (place < pointer.memory.numel()))[mask].all())
+        return torch.where(mask, pointer.memory[place.clamp(0, pointer.memory.numel() - 1)], other).as_subclass(_Device)
+
+
+def _on_device(text, environment):
+    """The printed Triton predicate, run as Python."""
+    helpers = HELPERS.split("@triton.jit")[1:3]
+    scope = {"tl": _Language}
+    for source in helpers:
+        exec(source.strip(), scope)
+    for name, value in environment.items():
+        if name.startswith("t"):
+            scope[f"{name}_ptr"] = _Pointer(value)
+            scope |= {f"{name}_stride{n}": stride for n, stride in enumerate(value.stride())}
+            scope |= {f"{name}_size{n}": size for n, size in enumerate(value.shape)}
+        else:
+            scope[name] = torch.as_tensor(value).as_subclass(_Device)
+    return torch.as_tensor(eval(predicate(text, {}), scope)).as_subclass(torch.Tensor).bool()
+
+
+@settings(max_examples=200, deadline=None)
+@given(predicates(), st.integers(-4, 4).filter(bool))
+def test_the_triton_form_of_a_predicate_has_its_values(text, scalar):
+    environment = {
+        "b": torch.arange(2).reshape(2, 1, 1, 1), "h": torch.arange(2).reshape(1, 2, 1, 1),
+        "q": torch.arange(7).reshape(1, 1, 7, 1), "kv": torch.arange(9).reshape(1, 1, 1, 9), "s0": scalar,
+        "t0": torch.arange(9) % 5 - 2, "t1": torch.arange(18).reshape(2, 9) % 7 - 3,
+    }  # fmt: skip
+    want = torch.as_tensor(evaluate(text, environment)).expand(2, 2, 7, 9)
+    assert torch.equal(_on_device(text, environment).expand(2, 2, 7, 9), want), predicate(text, {})
+
+
+def test_division_that_rounds_to_zero_would_be_noticed():
+    environment = {"q": torch.arange(7)[:, None], "kv": torch.arange(9)[None, :]}
+    text = "(q - kv) // 3 == -1"
+    assert torch.equal(_on_device(text, environment), evaluate(text, environment))
+    printed = predicate(text, {}).replace("floor_div(", "divided(")
+    scope = {name: value.as_subclass(_Device) for name, value in environment.items()}
+    wrong = eval(printed, {**scope, "divided": lambda a, b: a // b})
+    assert not torch.equal(wrong.as_subclass(torch.Tensor), evaluate(text, environment))
 
 
 def test_a_table_read_with_the_wrong_number_of_indices_is_refused():

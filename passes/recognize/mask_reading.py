@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -10,10 +11,12 @@ import torch.fx
 
 from subquad.ir.mask import KV, EmptyRows, Mask, Q
 from subquad.ir.site import Bias
+from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_check import MaskCheck
 from subquad.passes.recognize.mask_relation import conjoin
-from subquad.passes.recognize.score_chain import MaskSource, ScoreReader, Scores
+from subquad.passes.recognize.score_chain import ScoreReader
+from subquad.passes.recognize.scores import MaskSource, Scores
 
 Node = torch.fx.Node
 
@@ -26,6 +29,7 @@ class MaskReader:
     ) -> None:
         self.algebra = algebra
         self.check = MaskCheck(module, examples, algebra)
+        self._read: dict[tuple[Any, ...], Mask] = {}
 
     def read(
         self, scores: Scores, empty: EmptyRows, anchor: Node, reader: ScoreReader
@@ -35,6 +39,22 @@ class MaskReader:
         A mask that adds one low number is proved as a whole or not at all: where the predicate alone hid some keys and the
         tensor the others, a row without keys would be the mean over fewer values.
         """
+        key = (
+            *((m.predicate, m.source, m.fill) for m in scores.masks),
+            *(b.node for b in scores.biases),
+            empty,
+            kind(anchor),
+        )
+        if key not in self._read:
+            mask, opaque = self._split(scores, empty, anchor, reader)
+            if opaque:
+                return mask, opaque
+            self._read[key] = mask
+        return self._read[key], ()
+
+    def _split(
+        self, scores: Scores, empty: EmptyRows, anchor: Node, reader: ScoreReader
+    ) -> tuple[Mask, tuple[Bias, ...]]:
         proved: list[sympy.Basic] = []
         opaque: list[Bias] = []
         for mask in scores.masks:
