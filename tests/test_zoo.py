@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import zoo
-from softmax_counter import SoftmaxCounter
+from softmax_counter import SoftmaxCounter, unread
 from zoo_config import small_config
 from zoo_inputs import inputs_of, padding_mask
 from zoo_judge import Reference, outputs
@@ -38,7 +38,7 @@ def assert_complete(outcome: Outcome) -> None:
     for path in (outcome.export, outcome.dynamo, outcome.core):
         if path.tried:
             assert path.failed == "", path.trace
-            assert len(path.sites) + len(path.refusals) == outcome.executed, outcome.lines
+            assert len(path.sites) + len(path.refusals) == outcome.executed - outcome.unread, outcome.lines
             assert path.wrong == []
             assert path.odd == []
 
@@ -115,6 +115,16 @@ def test_the_counter_counts_executions_by_line() -> None:
     assert sorted(counter.lines.values()) == [1, 1, 3]
     assert {kind for kind, _ in counter.lines} == {"softmax", "sdpa"}
     assert all(line.split(":")[0] == __file__ for _, line in counter.lines)
+
+
+def test_a_softmax_that_reaches_no_output_is_told_from_one_that_does() -> None:
+    x = torch.randn(2, 5, 8)
+
+    def run() -> list[torch.Tensor]:
+        (x * 2).softmax(-1)
+        return [x.softmax(-1), nn.functional.scaled_dot_product_attention(x, x, x)]
+
+    assert unread(run) == 1
 
 
 def test_the_judge_sees_a_wrong_weight_and_a_wrong_padded_row() -> None:

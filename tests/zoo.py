@@ -115,7 +115,7 @@ def _configs(entry: Architecture, reasons: list[str]) -> Iterator[Any]:
             reasons.append(f"{type(error).__name__}: {lines[-1].strip()[:160] if lines else ''}")
             continue
         yield _as_decoder(config) if entry.kind == "causal" else config
-        text = config.get_text_config()
+        text = config.get_text_config(decoder=True)
         if text is not config:
             yield text
 

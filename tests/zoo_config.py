@@ -29,7 +29,7 @@ _NUMBERS: tuple[tuple[str, int], ...] = (
     (r"layers?$|n_layer|num_blocks|^depth$|num_hidden_groups|num_.*_blocks$|n_blocks|num_stages_layers", 2),
     (r"n_groups?$|num_expert_group|topk_group|group_top", 1),
     (r"rotary_dim", 8),
-    (r"experts_per_tok|top_?k(_experts)?$|moe_top_?k|num_selected_experts|num_activated|expert_top", 2),
+    (r"experts_per_tok|moe_k$|top_?k(_experts)?$|moe_top_?k|num_selected_experts|num_activated|expert_top", 2),
     (r"experts|num_local_experts", 4),
     (r"(pattern|interval|period|freq|frequency|every_n|_every|step)$|every_n_layers", 2),
     (r"sliding_window|attention_chunk_size|local_attention|attention_window|window_size", 4),
@@ -49,7 +49,10 @@ _KEPT = re.compile(
     r"kernel|stride|num_channels|image_channels|in_channels|in_chans|type_vocab|conv_k|d_conv|padding|temporal|num_frames|"
     r"n_channels|num_labels|hop|mel|sampling|batch|chunk_size_feed|^scale|factor|eps|rate|depths|expand"
 )
-_MISSING = {"num_key_value_heads": 2, "num_kv_heads": 2, "n_head_kv": 2, "head_dim": 16, "vocab_size": VOCABULARY}
+_MISSING = {
+    "num_key_value_heads": 2, "num_kv_heads": 2, "n_head_kv": 2, "head_dim": 16, "vocab_size": VOCABULARY, "pad_token_id": 0,
+    "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4,
+}  # fmt: skip
 """What a field without a default becomes; the others are left for the config to derive."""
 _TOKENS = re.compile(r"token_id$|token_ids$|token_index$|_id$")
 
@@ -90,7 +93,7 @@ def _small_values(kind: type[PreTrainedConfig], kept: str, given: dict[str, Any]
     used: list[int] = []
     for name, field in names.items():
         default = given.get(name, _default(field))
-        small = default if re.search(kept, name) else _small(name, default, used)
+        small = _kept(kept, default) if re.search(kept, name) else _small(name, default, used)
         if small is not default:
             values[name] = small
     for name, spec in (kind.sub_configs_defaults or {}).items():
@@ -99,6 +102,11 @@ def _small_values(kind: type[PreTrainedConfig], kept: str, given: dict[str, Any]
             inner = CONFIG_MAPPING[spec.model_type]
         values[name] = small_config(inner, kept, dict(spec.init_kwargs or {}))
     return values
+
+
+def _kept(kept: str, default: Any) -> Any:
+    """A field that the variant leaves alone; key and value heads then are as many as query heads."""
+    return 4 if kept == VARIANTS[1] and isinstance(default, int) else default
 
 
 def _default(field: Any) -> Any:
@@ -120,7 +128,7 @@ def _layer_kinds(kind: type[PreTrainedConfig]) -> list[str]:
 def _small(name: str, default: Any, used: list[int]) -> Any:
     if isinstance(default, bool) or default == "":
         return default
-    if _TOKENS.search(name):
+    if _TOKENS.search(name) and default is not None:
         return _small_token(default, used)
     if default is None:
         return _MISSING.get(name)
@@ -143,7 +151,7 @@ def _small_token(default: Any, used: list[int]) -> Any:
 def _number(name: str, default: int) -> int:
     for pattern, small in _NUMBERS:
         if re.search(pattern, name):
-            return min(default, small)
+            return min(default, small if name != "image_size" or default <= 224 else 2 * small)
     return default
 
 

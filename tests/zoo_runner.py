@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from softmax_counter import SoftmaxCounter, short
+from softmax_counter import SoftmaxCounter, short, unread
 from zoo import Specimen, call
 from zoo_dialects import differences, refusal_words, site_words, through_core_aten, through_dynamo
 from zoo_inputs import inputs_of
@@ -48,7 +48,8 @@ class Path:
 class Outcome:
     """What happened to one architecture in one spelling; plain data.
 
-    executed: softmaxes and attention calls at run time, by source line in `lines`.  seconds: wall time by stage.
+    executed: softmaxes and attention calls at run time, by source line in `lines`; `unread` of them reach no output and are
+    in no graph (looked for when some are missing).  seconds: wall time by stage.
     fused: attentions that Inductor's own patterns fuse, None when it was not asked or failed.
     """
 
@@ -60,13 +61,18 @@ class Outcome:
     dynamo: Path = field(default_factory=Path)
     core: Path = field(default_factory=Path)
     fused: int | None = None
+    unread: int = 0
     nodes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     stage: str = ""
 
     def silent(self, path: Path) -> int:
         """Executed softmaxes that a way into the compiler does not account for, unless it failed."""
-        return 0 if path.failed and not path.sites else max(0, self.executed - len(path.sites) - len(path.refusals))
+        return (
+            0
+            if path.failed and not path.sites
+            else max(0, self.executed - self.unread - len(path.sites) - len(path.refusals))
+        )
 
     def json(self) -> dict[str, Any]:
         """All fields as plain data."""
@@ -87,11 +93,13 @@ def run(specimen: Specimen, ways: Sequence[str] = ("rewrite", "dynamo", "core"))
     outcome.lines = {f"{what} {short(line)}": n for (what, line), n in counter.lines.items()}
     if not outcome.executed:
         return outcome
-    with _stage(outcome, "original"):
-        reference = Reference(specimen.model, entry.kind)
+    reference = None
+    if "rewrite" in ways or "dynamo" in ways:
+        with _stage(outcome, "original"):
+            reference = Reference(specimen.model, entry.kind)
     compared = reference if "rewrite" in ways else None
     _guarded(outcome, outcome.export, lambda: _through_export(specimen, compared, inputs, outcome))
-    if "dynamo" in ways:
+    if "dynamo" in ways and reference is not None:
         _guarded(outcome, outcome.dynamo, lambda: _through_dynamo(specimen, reference, inputs, outcome))
     if "core" in ways:
         _guarded(outcome, outcome.core, lambda: _through_core_aten(specimen, inputs, outcome))
@@ -119,6 +127,9 @@ def _through_export(specimen: Specimen, reference: Reference | None, inputs: dic
         report = recognise(captured, Report())
     path.sites = [site_words(site) for site in report.sites]
     path.refusals = refusal_words(report)
+    if len(path.sites) + len(path.refusals) < outcome.executed:
+        with torch.no_grad():
+            outcome.unread = unread(lambda: floating(call(model, inputs)))
     outcome.nodes = len(captured.graph.graph.nodes)
     if not report.sites or reference is None:
         return

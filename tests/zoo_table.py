@@ -19,7 +19,7 @@ class Row:
     """One way into the compiler, summed over the architectures whose forward executes a softmax.
 
     architectures: how many were tried this way.  executed: softmaxes and attention calls at run time.  The executed ones
-    are recognised, no attention at all (routers and the like), refused, silently missed, or in an architecture that
+    are recognised, no attention at all (routers and the like), refused, dead (they reach no output), silently missed, or in an architecture that
     failed before recognition.  wrong, unused, odd, false: architectures with a broken contract, with a rewritten forward that was
     not used or raised, with other sites than export's, and with a site in a module that has none.
     """
@@ -30,6 +30,7 @@ class Row:
     recognised: int = 0
     routers: int = 0
     refused: int = 0
+    dead: int = 0
     silent: int = 0
     failed: int = 0
     failed_architectures: int = 0
@@ -41,8 +42,8 @@ class Row:
 
     @property
     def attention(self) -> int:
-        """Executed ones without routers and the like."""
-        return self.executed - self.routers
+        """Executed ones without routers and the like, and without those that reach no output."""
+        return self.executed - self.routers - self.dead
 
     def add(self, record: dict[str, Any], way: str) -> None:
         """Count one outcome, a dict as the runner gives it."""
@@ -65,6 +66,8 @@ class Row:
             kind = "no attention" if any(phrase in reason for phrase in NOT_ATTENTION) else "refused"
             _append(self.causes[f"{kind}: {gist(reason)}"], name)
         missed = executed - len(sites) - len(path["refusals"])
+        dead = min(record["unread"], max(0, missed))
+        self.dead, missed = self.dead + dead, missed - dead
         self.silent += max(0, missed)
         if missed:
             self.causes[f"{'silently missed' if missed > 0 else 'counted more than executed'}"].append(
@@ -113,14 +116,14 @@ def markdown(records: list[dict[str, Any]]) -> str:
     """The table of ways, Inductor's count, and every cause with the architectures it concerns."""
     table = rows(records)
     lines = [
-        "| way | architectures | executed | of these no attention | recognised | refused | silent | failed before (architectures) "
+        "| way | architectures | executed | no attention | reach no output | recognised | refused | silent | failed before (architectures) "
         "| contract broken | rewritten forward failed | other sites than export | false matches |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in table:
         share = f" ({100 * r.recognised / r.attention:.1f} %)" if r.attention else ""
         lines.append(
-            f"| {r.name} | {r.architectures} | {r.executed} | {r.routers} | {r.recognised}{share} | {r.refused} | {r.silent} "
+            f"| {r.name} | {r.architectures} | {r.executed} | {r.routers} | {r.dead} | {r.recognised}{share} | {r.refused} | {r.silent} "
             f"| {r.failed} ({r.failed_architectures}) | {r.wrong} | {r.unused} | {r.odd} | {r.false} |"
         )
     lines += ["", *_totals(records), ""]
