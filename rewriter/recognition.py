@@ -8,6 +8,7 @@ from subquad.capture import Capture
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.passes.recognize.attention import find_attention
+from subquad.passes.recognize.near_miss import nearest_miss
 
 
 def recognise(capture: Capture, report: Report) -> Report:
@@ -22,6 +23,8 @@ def recognise(capture: Capture, report: Report) -> Report:
     report.notes.extend(note for note in capture.notes if note not in report.notes)
     report.sites.extend(sites)
     report.refusals.extend(refusals)
+    if not sites:
+        report.nearest = nearest_miss(capture.graph.graph, report.refusals)
     if not sites and not refusals:
         report.refusals.append(
             Refusal(

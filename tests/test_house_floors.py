@@ -24,7 +24,7 @@ THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "rewriter/ir": {"torch", "sympy", "networkx", "rich"},
     "codegen": {"torch", "triton", "sympy"},
-    "passes": {"torch", "sympy", "networkx"},
+    "passes": {"torch", "sympy", "networkx", "numpy"},
     "rewriter/runtime": {"torch", "transformers"},
     "rewriter": {
         "torch", "sympy", "networkx", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "transformers", "peft", "gguf",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.fx
@@ -12,7 +11,7 @@ from subquad.ir.graph import shape_of
 from subquad.ir.refusal import Refusal, refuse
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import VIEWS, is_score_product
-from subquad.passes.recognize.product import PRODUCTS
+from subquad.passes.recognize.product import PRODUCTS, read_product
 from subquad.passes.recognize.provenance_terms import word
 
 Node = torch.fx.Node
@@ -105,8 +104,14 @@ def _tensors(node: Node) -> list[Node]:
     ]
 
 
-def _is_over_pairs(product: Node) -> bool:
-    """True for a product over two token axes: its last two sizes both vary with a length, or neither does."""
-    shape: Any = shape_of(product) or ()
-    varying = [not isinstance(size, int) for size in shape[-2:]]
-    return all(varying) or not any(varying)
+def _is_over_pairs(node: Node) -> bool:
+    """True for a product over two token axes: both vary with a length, or no length varies at all.
+
+    A sum over tokens (keys times values) has fixed sizes left and a varying one summed over.
+    """
+    product = read_product(node)
+    if product is None:
+        return False
+    summed = dict(zip(product.left_labels, shape_of(product.left) or (), strict=False)).get(product.contracted)
+    varying = [not isinstance(size, int) for size in (shape_of(node) or ())[-2:]]
+    return all(varying) or (not any(varying) and isinstance(summed, int))

@@ -47,14 +47,16 @@ class Report:
 
     sites, loops, prefixes, refusals: what was found.  applied: "path: pass" per replaced site.  refused: sites a pass did
     not admit.  declined: sites for which no pass was named and an exact one is predicted to gain nothing.
-    rolled_back: rewrites undone because they broke their contract.  verification: measured errors.
-    seconds: wall time by stage.  conversion: perplexity and KL to the original before and after each stage of training.
+    nearest: what comes closest to attention when no site was found.  rolled_back: rewrites undone because they broke their
+    contract.  verification: measured errors.  seconds: wall time by stage.  conversion: perplexity and KL to the original
+    before and after each stage of training.
     """
 
     sites: list[Site] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
     prefixes: list[Prefix] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    nearest: Refusal | None = None
     plan: Plan | None = None
     applied: list[dict[str, Any]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
@@ -81,6 +83,7 @@ class Report:
             "loops": [loop.json() for loop in self.loops],
             "prefixes": [prefix.json() for prefix in self.prefixes],
             "refusals": [refusal.json() for refusal in self.refusals],
+            "nearest_miss": None if self.nearest is None else self.nearest.json(),
             "plan_hash": self.plan_hash,
             "applied": list(self.applied),
             "refused": [refusal.json() for refusal in self.refused],
