@@ -19,8 +19,11 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes
+from subquad.passes.canonicalize.autocast import without_idle_autocast
+from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.pipeline import applied_entry, choose, is_selected
 from subquad.recognition import recognise
@@ -74,10 +77,11 @@ def rewrite_dynamo_graph(
     """
     original = graph
     try:
-        graph = functional(flex_written_out(graph))
+        graph = canonical_graph(graph)
     except CaptureError as error:
         return original, Report(refusals=[Refusal("", "graph", str(error))])
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    mark_parameters(placeholders)
     capture = Capture(
         graph,
         graph,
@@ -98,6 +102,29 @@ def rewrite_dynamo_graph(
     for kept in report.declined:
         log.info("%s: %s", kept.path or "<root>", kept.reason)
     return copied.graph if report.applied else original, report
+
+
+def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Dynamo's graph without writes, marked regions, assertions and dead code; the given graph stays as it is.
+
+    Raises CaptureError for a write that has no functional form, and for autocast, under which operators change dtypes.
+    """
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise CaptureError("the graph runs under autocast, which changes dtypes inside it; convert the model instead.")
+    made = functional(without_idle_autocast(inlined(flex_written_out(graph), torch.is_grad_enabled())))
+    if made is graph:
+        copied = torch.fx.Graph()
+        copied.output(copied.graph_copy(graph.graph, {}))
+        made = torch.fx.GraphModule(graph, copied)
+    without_empty_parts(made)
+    tidy(made)
+    return made
+
+
+def mark_parameters(placeholders: list[torch.fx.Node]) -> None:
+    """Set meta["parameter"] on the placeholders that are parameters of a module, as attributes are in other dialects."""
+    for node in placeholders:
+        node.meta["parameter"] = node.type is torch.nn.Parameter
 
 
 def _fixed(placeholders: list[torch.fx.Node], example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:

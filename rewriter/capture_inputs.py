@@ -37,10 +37,22 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes a tensor an example: dense, and doubled when every tensor input is a batch of one, which export fixes."""
+    """What makes a tensor an example: dense, no other input's memory, and two rows where every input is a batch of one.
+
+    torch.export would fix an axis of size one, and read inputs of one memory from the last of them.
+    """
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     batch_of_one = bool(tensors) and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
-    return lambda t: torch.cat([t, t]) if batch_of_one else t.contiguous()
+    taken: set[int] = set()
+
+    def example(tensor: torch.Tensor) -> torch.Tensor:
+        dense = torch.cat([tensor, tensor]) if batch_of_one else tensor.contiguous()
+        if dense.data_ptr() in taken:
+            dense = dense.clone()
+        taken.add(dense.data_ptr())
+        return dense
+
+    return example
 
 
 def symbolic_axes(given: Any, most: int = 2) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +23,9 @@ def capturable() -> Iterator[None]:
     with ExitStack() as stack:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+        stack.callback(setattr, log, "disabled", log.disabled)
+        log.disabled = True
         stack.enter_context(mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", _hinted))
         yield
 

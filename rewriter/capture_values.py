@@ -9,11 +9,28 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 READS: dict[Any, str] = {
     getattr(torch.Tensor, name): name for name in ("__bool__", "item", "tolist", "__int__", "__float__", "__index__")
 }
 """Methods that turn the content of a tensor into a Python value, on which a forward may then branch."""
+SIZED = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        "view",
+        "reshape",
+        "expand",
+        "repeat",
+        "narrow",
+        "as_strided",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+    )
+)
+"""Methods that read their sizes out of tensors when they are given as such."""
 MOST = 64
 """Tensors of more elements than this are no branch conditions."""
 
@@ -34,6 +51,9 @@ class ValueReads(TorchFunctionMode):
         self.capturing = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SIZED:
+            args = args[:1] + pytree.tree_map(self._number, args[1:])
+            return func(*args, **(kwargs or {}))
         if func not in READS or not isinstance(args[0], torch.Tensor) or args[0].numel() > MOST:
             return func(*args, **(kwargs or {}))
         name, place = READS[func], _line()
@@ -46,6 +66,12 @@ class ValueReads(TorchFunctionMode):
         self.answered.append((args[0], self.known[key]))
         self.lines.append(f"{place[0]}:{place[1]}")
         return _as_read(name, self.known[key])
+
+    def _number(self, value: Any) -> Any:
+        """A size given as a tensor, read out of it."""
+        if not isinstance(value, torch.Tensor) or value.dim() or value.dtype.is_floating_point:
+            return value
+        return self.__torch_function__(torch.Tensor.__index__, (), (value,))
 
     def _next(self, place: tuple[str, int], name: str) -> int:
         number = self.count[place, name] = self.count.get((place, name), -1) + 1

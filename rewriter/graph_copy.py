@@ -9,7 +9,7 @@ from typing import Any
 import torch.fx
 
 from subquad.capture import Capture
-from subquad.ir.graph import hang
+from subquad.ir.graph import attribute, hang
 from subquad.ir.mask import Mask
 from subquad.ir.site import Operand, ScoreTensor, Site
 
@@ -39,6 +39,10 @@ def copy_capture(capture: Capture, convert: Callable[[Any], Any] = _same) -> tup
     for name, child in capture.graph.named_modules():
         if any(n.op == "call_module" and n.target == name for n in graph.nodes):
             hang(attributes, name, convert(child))
+    for node in graph.nodes:
+        region = attribute(capture.graph, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(region, torch.nn.Module):
+            hang(attributes, str(node.target), region)
     return replace(capture, graph=torch.fx.GraphModule(attributes, graph)), mapping
 
 
@@ -63,4 +67,5 @@ def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
         site, q=operand(site.q), k=operand(site.k), v=operand(site.v), out=mapping[site.out], mask=moved,
         biases=tuple(over_scores(b) for b in site.biases), gain=over_scores(site.gain), sinks=over_scores(site.sinks),
         absorbed=tuple(mapping[n] for n in site.absorbed),
+        mask_sources=tuple(mapping[n] for n in site.mask_sources),
     )  # fmt: skip

@@ -17,8 +17,10 @@ from subquad.captured import Capture, ProgramModule
 from subquad.functional_graph import functional_program, holds_vmap
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import attribute, hang, source_of
+from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
 
 CONSTANTS = "_subquad_constants"
@@ -82,7 +84,7 @@ def from_exported_program(
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     example = dict(zip(inputs, tensors, strict=False))
     try:
-        module = functional(flex_written_out(module))
+        module = functional(inlined(flex_written_out(module), training=False))
     except CaptureError as refused:
         plain = functional_program(program)
         if plain is program:
@@ -93,6 +95,7 @@ def from_exported_program(
     if expected is not None:
         guards = replace(guards, values=_split_off(module, len(expected)), expected=expected)
         out_spec = None if out_spec is None else out_spec.child(0)
+    without_empty_parts(module)
     tidy(module)
     result = Capture(module, owner, tuple(inputs), "aten", example, constants, out_spec, guards=guards)
     if isinstance(owner, ProgramModule):
@@ -169,8 +172,10 @@ def _copy(
     if node.target is operator.getitem and isinstance(environment[node.args[0]], tuple | list):
         environment[node] = environment[node.args[0]][node.args[1]]
         return
-    environment[node] = graph.node_copy(node, lambda n: environment[n])
-    environment[node].meta = dict(node.meta)
+    copied = environment[node] = graph.node_copy(node, lambda n: environment[n])
+    copied.meta = dict(node.meta)
+    if copied.target is torch.ops.aten.detach_.default:
+        copied.target = torch.ops.aten.detach.default
 
 
 def _is_transparent(node: torch.fx.Node) -> bool:

@@ -6,16 +6,19 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from subquad.capture import Capture, ProgramModule, capture
+from subquad.equal_modules import Footprints, can_move, moved_capture
 from subquad.ir.errors import CaptureError
-from subquad.ir.graph import shape_of
+from subquad.ir.graph import ancestors, module_path, shape_of, value_of
 from subquad.ir.report import Report
 from subquad.ir.site import Site
 from subquad.lifting import CONSTANTS
@@ -40,21 +43,21 @@ def owned_captures(whole: Capture, replacements: tuple[Replacement, ...], applie
         return {}
     if "" in members or isinstance(whole.root, ProgramModule | torch.fx.GraphModule):
         return {"": applied}
+    members = _lifted(members)
+    if "" in members:
+        return {"": applied}
     calls = _calls(whole, {path for start in members for path in _enclosing(start)})
+    alone = _Alone(whole)
     found: dict[str, Capture] = {}
-    hopeless: set[Any] = set()
     while waiting := [path for path in members if path not in found]:
         path = waiting[0]
         for inner in [known for known in members if known.startswith(f"{path}.")]:
             members[path] += members.pop(inner)
             found.pop(inner, None)
-        call = calls.get(path)
-        kind = None if call is None else (type(whole.root.get_submodule(path)), _signature(call))
-        alone = None if call is None or kind in hopeless else _alone(whole.root, path, call, members[path])
-        if alone is not None:
-            found[path] = alone
+        owned = None if path not in calls else alone.rewritten(path, calls[path], members[path])
+        if owned is not None:
+            found[path] = owned
             continue
-        hopeless.add(kind)
         parent = path.rpartition(".")[0]
         if not parent:
             return {"": applied}
@@ -70,7 +73,33 @@ def _enclosing(path: str) -> list[str]:
 
 
 def _calls(whole: Capture, paths: set[str]) -> dict[str, Call]:
-    """What each module is called with when the root runs on its example inputs, for those called exactly once."""
+    """What each module is called with when the root runs on its example inputs, for those called exactly once and alike.
+
+    A root may hand down a mask only when there is padding: what a module gets must have the same form with some.
+    """
+    found: dict[str, Call] | None = None
+    for example in (whole.example, _padded(whole.example)):
+        recorded = _recorded(whole, paths, example)
+        once = {path: calls[0] for path, calls in recorded.items() if len(calls) == 1 and not _is_nested(calls[0])}
+        if found is None:
+            found = once
+        else:
+            found = {p: call for p, call in found.items() if p in once and _signature(once[p]) == _signature(call)}
+    return found or {}
+
+
+def _padded(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The example with the last column of the first row hidden in every mask of ones."""
+    changed = {}
+    for name, value in example.items():
+        is_mask = value.dim() == 2 and not value.dtype.is_floating_point and bool((value == 1).all())
+        changed[name] = value.clone() if is_mask else value
+        if is_mask:
+            changed[name][0, -1] = 0
+    return changed
+
+
+def _recorded(whole: Capture, paths: set[str], example: dict[str, torch.Tensor]) -> dict[str, list[Call]]:
     recorded: dict[str, list[Call]] = {}
     with ExitStack() as stack:
         for path in paths:
@@ -85,10 +114,10 @@ def _calls(whole: Capture, paths: set[str]) -> dict[str, Call]:
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         try:
             with torch.no_grad(), whole.state_kept():
-                whole.call(whole.root, {name: value.clone() for name, value in whole.example.items()})
+                whole.call(whole.root, {name: value.clone() for name, value in example.items()})
         except Exception:  # a root that cannot be called by its captured names is rebound whole
             return {}
-    return {path: calls[0] for path, calls in recorded.items() if len(calls) == 1 and not _is_nested(calls[0])}
+    return recorded
 
 
 def _is_nested(call: Call) -> bool:
@@ -102,13 +131,71 @@ def _signature(call: Call) -> Any:
     return str(structure), tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
 
 
-def _alone(root: nn.Module, path: str, call: Call, members: list[Replacement]) -> Capture | None:
-    """The module's own graph with its sites replaced; None where that would not be the same in every call.
+class _Alone:
+    """Modules captured alone; those that the root's graph runs alike are captured once."""
+
+    def __init__(self, whole: Capture) -> None:
+        self.root = whole.root
+        self.footprints = Footprints(whole)
+        self.known: dict[Any, tuple[Capture, list[Site]] | None] = {}
+
+    def rewritten(self, path: str, call: Call, members: list[Replacement]) -> Capture | None:
+        """The module's own graph with its sites replaced; None where that would not be the same in every call."""
+        found = self._captured(path, call)
+        if found is None:
+            return None
+        captured, held = found
+        sites = {_joined(path, site.path): site for site in held}
+        moved = []
+        for taken in members:
+            site = sites.get(taken.site.path)
+            if site is None or not _same(site, taken):
+                return None
+            moved.append(replace(taken, site=site, prefix=taken.prefix.removeprefix(f"{path}.")))
+        return rewritten_capture(captured, tuple(moved))
+
+    def _captured(self, path: str, call: Call) -> tuple[Capture, list[Site]] | None:
+        owner = self.root.get_submodule(path)
+        key = self.footprints.of(path), _signature(call)
+        if key not in self.known:
+            self.known[key] = _alone(self.root, owner, call)
+        found = self.known[key]
+        if found is None or found[0].root is owner:
+            return found
+        if "forward" in owner.__dict__ or not can_move(found[0]):
+            return _alone(self.root, owner, call)
+        return moved_capture(found[0], owner, found[1])
+
+
+def _lifted(members: dict[str, list[Replacement]]) -> dict[str, list[Replacement]]:
+    """Each site at the innermost module that also makes the masks which were proved: elsewhere they are only tensors."""
+    result: dict[str, list[Replacement]] = {}
+    for path, taken in members.items():
+        for one in taken:
+            made = [module_path(node) for node in _makers(one.site)]
+            result.setdefault(_common([path, *made]), []).append(one)
+    return result
+
+
+def _makers(site: Site) -> list[torch.fx.Node]:
+    """The operations that compute the masks a predicate stands for."""
+    if site.mask.predicate in (None, sympy.true):
+        return []
+    nodes = [node for node in ancestors(site.mask_sources) if isinstance(value_of(node), torch.Tensor)]
+    return [node for node in nodes if node.op not in ("placeholder", "get_attr")]
+
+
+def _common(paths: list[str]) -> str:
+    steps = zip(*(module_of_site(path).split(".") for path in paths), strict=False)
+    return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps))
+
+
+def _alone(root: nn.Module, owner: nn.Module, call: Call) -> tuple[Capture, list[Site]] | None:
+    """A module's own graph and its sites; None where the graph would not be the module's in every call.
 
     A number among the arguments may be a length, which the graph would freeze; a forward already bound to the instance is
     somebody else's; a constant that is a parameter of another module would not follow it.
     """
-    owner = root.get_submodule(path)
     leaves = pytree.tree_leaves(call)
     if "forward" in owner.__dict__ or any(not isinstance(x, torch.Tensor | bool | str | None) for x in leaves):
         return None
@@ -119,14 +206,7 @@ def _alone(root: nn.Module, path: str, call: Call, members: list[Replacement]) -
         return None
     if len(captured.inputs) != sum(isinstance(x, torch.Tensor) for x in leaves) or _borrows(captured, root):
         return None
-    sites = {_joined(path, site.path): site for site in recognise(captured, Report()).sites}
-    moved = []
-    for taken in members:
-        site = sites.get(taken.site.path)
-        if site is None or not _same(site, taken):
-            return None
-        moved.append(replace(taken, site=site, prefix=taken.prefix.removeprefix(f"{path}.")))
-    return rewritten_capture(captured, tuple(moved))
+    return captured, recognise(captured, Report()).sites
 
 
 def _same(site: Site, taken: Replacement) -> bool:

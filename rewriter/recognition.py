@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 
+import torch
+import torch.fx
+
 from subquad.capture import Capture
+from subquad.ir.graph import attribute, module_path, source_of
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
+from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.attention import find_attention
 from subquad.passes.recognize.near_miss import nearest_miss
 
@@ -22,10 +27,10 @@ def recognise(capture: Capture, report: Report) -> Report:
     sites, refusals = find_attention(capture.graph, tensors, capture.example)
     report.notes.extend(note for note in capture.notes if note not in report.notes)
     report.sites.extend(sites)
-    report.refusals.extend(refusals)
+    report.refusals.extend([*refusals, *_unread(capture.graph)])
     if not sites:
         report.nearest = nearest_miss(capture.graph.graph, report.refusals)
-    if not sites and not refusals:
+    if not sites and not report.refusals:
         report.refusals.append(
             Refusal(
                 "",
@@ -35,3 +40,21 @@ def recognise(capture: Capture, report: Report) -> Report:
         )
     report.seconds["recognise"] = time.perf_counter() - start
     return report
+
+
+def _unread(module: torch.fx.GraphModule) -> list[Refusal]:
+    """A refusal for every higher-order operator whose regions hold a softmax or an SDPA call."""
+    refusals = []
+    for node in module.graph.nodes:
+        for region in node.args if isinstance(node.target, torch._ops.HigherOrderOperator) else ():
+            if isinstance(region, torch.fx.Node) and region.op == "get_attr" and _attends(module, str(region.target)):
+                reason = f"it stands inside a region of `{node.target.__name__}`, which stays as it is."
+                refusals.append(Refusal(module_path(node), "attention", reason, source_of(node)))
+    return refusals
+
+
+def _attends(module: torch.fx.GraphModule, name: str) -> bool:
+    region = attribute(module, name)
+    if not isinstance(region, torch.fx.GraphModule):
+        return False
+    return any(kind(node) in ("softmax", "softmax_core", "sdpa") for node in region.graph.nodes)

@@ -1,0 +1,139 @@
+"""Graphs that Dynamo hands to the backend: marked regions, dead code, autocast, parameters, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spelled_models import TwoSpellings
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from subquad.backend import canonical_graph, mark_parameters, rewrite_dynamo_graph
+from subquad.ir.report import Report
+
+X = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+
+
+def compiled(model: Any, *inputs: Any, training: bool = False) -> tuple[Any, list[Report]]:
+    """The outputs of a model compiled by the backend without an inner one, and the reports of its graphs."""
+    reports: list[Report] = []
+
+    def backend(graph: torch.fx.GraphModule, given: Any) -> Any:
+        rewritten, report = rewrite_dynamo_graph(graph, given, None)
+        reports.append(report)
+        return rewritten
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        return torch.compile(model, backend=backend, dynamic=True, fullgraph=True)(*inputs), reports
+
+
+class Checkpointed(TwoSpellings):
+    """Attention inside a checkpointed region, beside an autocast that is off."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+            y = checkpoint(super().forward, x, use_reentrant=False)
+        return y + x
+
+
+def test_a_checkpointed_region_is_read_in_inference_and_kept_in_training() -> None:
+    model = Checkpointed()
+    got, (report,) = compiled(model, X)
+    assert len(report.sites) == 2
+    torch.testing.assert_close(got, model(X))
+    got, (report,) = compiled(model, X, training=True)
+    assert report.sites == []
+    assert any("checkpoint" in refusal.reason for refusal in report.refusals)
+    torch.testing.assert_close(got, model(X))
+    got.sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_autocast_that_changes_dtypes_is_refused_and_runs_as_it_did() -> None:
+    class Mixed(TwoSpellings):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    model = Mixed()
+    got, (report,) = compiled(model, X)
+    assert [("autocast region" in r.reason, "spelled_models.py:" in r.reason) for r in report.refusals] == [
+        (True, True)
+    ]
+    torch.testing.assert_close(got, model(X))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, (report,) = compiled(TwoSpellings(), X)
+    assert not report.sites
+    assert "under autocast" in report.refusals[0].reason
+
+
+def test_a_write_that_cannot_be_a_value_is_refused_and_runs_as_it_did() -> None:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone().transpose_(1, 2)
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]) + y.sum()
+
+    got, (report,) = compiled(attend, X)
+    assert "`transpose_` changes the shape" in report.refusals[0].reason
+    torch.testing.assert_close(got, attend(X))
+
+
+def test_parameters_are_marked_and_dead_code_is_gone() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.register_buffer("seen", torch.ones(7, 7, dtype=torch.bool).tril())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x, attn_mask=~self.seen)[0]
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(canonical_graph(graph))
+        mark_parameters([n for n in graphs[-1].graph.nodes if n.op == "placeholder"])
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Wasteful().eval(), backend=backend)(X)
+    marked = {n.name: n.meta["parameter"] for n in graphs[0].graph.nodes if n.op == "placeholder"}
+    assert sum(marked.values()) == 4
+    assert not any(marked[name] for name in marked if "seen" in name or name == "l_x_")
+    assert not any("mean" in str(n.target) for n in graphs[0].graph.nodes)
+
+
+def test_a_branch_of_the_graph_is_reported() -> None:
+    def either(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x.softmax(-1) @ x, lambda x: x * 2, (x,))
+
+    square = torch.randn(4, 4)
+    got, (report,) = compiled(either, square)
+    assert any("`cond`" in refusal.reason for refusal in report.refusals)
+    torch.testing.assert_close(got, either(square))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 32), (3, 9, 32)])
+def test_a_compiled_region_is_read_through(shape: tuple[int, ...]) -> None:
+    region = torch.compiler.nested_compile_region(lambda model, x: model(x))
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = TwoSpellings()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return region(self.inner, x) * 2
+
+    model, x = Nested().eval(), torch.randn(shape)
+    got, (report,) = compiled(model, x)
+    assert len(report.sites) == 2
+    torch.testing.assert_close(got, model(x))
