@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -10,13 +11,16 @@ import sympy
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import subquad
 from subquad.ir.mask import KV, B, FloorDiv, Mask, Q, Where
 from subquad.kernels.expression import evaluate
+from subquad.passes.recognize.constant_tensor import read_constant
+from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_choice import choose
 from subquad.passes.recognize.mask_relation import negate, relate
-from subquad.passes.recognize.symbolic_tensor import as_condition, visible
+from subquad.passes.recognize.symbolic_tensor import as_condition, axis, visible
 
 Condition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -152,3 +156,82 @@ def test_equal_conditions_are_equal_expressions() -> None:
         negate(relate("gt", KV, Q)), relate("ge", Q - KV, sympy.S.Zero), relate("le", KV - Q, sympy.Float(0.5)),
     ]  # fmt: skip
     assert len(set(spellings)) == 1
+
+
+class _Attention(nn.Module):
+    """softmax(scores + what a function makes of the sizes and the inputs)."""
+
+    def __init__(self, mask: Callable[..., torch.Tensor], form: str) -> None:
+        super().__init__()
+        self.mask, self.form = mask, form
+        self.register_buffer("band", torch.ones(64, 64, dtype=torch.bool).tril().triu(-3), persistent=False)
+        self.register_buffer("blocks", torch.block_diag(*[torch.ones(4, 4)] * 16).bool(), persistent=False)
+
+    def forward(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        mask = self.mask(self, x.shape[1], *more)
+        if self.form == "sdpa":
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return torch.softmax(x @ x.mT + mask, -1) @ x
+
+
+def _triangle(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def _low(seen: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize(
+    ("mask", "form", "more", "family", "biases"),
+    [
+        (lambda m, n: m.band[:n, :n], "sdpa", (), "causal & window(4)", 0),
+        (lambda m, n: m.blocks[:n, :n] & _triangle(n), "sdpa", (), "causal & chunk(4)", 0),
+        (lambda m, n, given: given & _triangle(n), "sdpa", (torch.rand(9, 9) < 0.5,), "causal", 1),
+        (lambda m, n, given: _low(given & _triangle(n)), "add", (torch.rand(9, 9) < 0.5,), "opaque", 1),
+        (lambda m, n, used: torch.arange(n) <= torch.arange(n)[:, None] + used, "sdpa", (torch.tensor(2),), "causal(more_0)", 0),
+        (lambda m, n: torch.triu(torch.full((n, n), -1e4), 1), "add", (), "full", 1),
+        (lambda m, n: torch.triu(torch.full((n, n), -65504.0), 1).half(), "add", (), "full", 1),
+    ],
+)  # fmt: skip
+def test_what_is_proved_becomes_the_predicate_and_the_rest_stays_a_tensor(
+    mask: Callable[..., torch.Tensor], form: str, more: tuple[torch.Tensor, ...], family: str, biases: int
+) -> None:
+    (site,) = subquad.inspect(_Attention(mask, form), (torch.randn(2, 9, 4), *more)).sites
+    assert (site.mask.family, len(site.biases)) == (family, biases)
+    assert not any("not cross-checked" in sentence for sentence in site.mask.evidence)
+
+
+def test_a_tensor_that_is_written_to_is_never_read_as_what_it_was() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(x.shape[1], x.shape[1])
+        row = seen[0]
+        row.fill_(0)
+        return seen + 1
+
+    module = make_fx(forward, tracing_mode="symbolic", pre_dispatch=True)(torch.randn(2, 9, 4))
+    algebra = MaskAlgebra(module)
+    tensors = [n for n in module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert not [n.name for n in tensors if algebra.formula(n).expression.is_number]
+    assert {"ones", "select", "fill_"} <= set(algebra.tables)
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        (torch.arange(6) * 3 - 1, True),
+        (torch.tensor([0, 5, 2]), True),
+        ((torch.arange(12)[:, None] - torch.arange(12)) % 3 == 0, True),
+        (torch.ones(8, 8).tril() + (torch.arange(8) < 3) > 0, True),
+        (torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]]), True),
+        (torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]), False),
+        (torch.rand(4, 4), False),
+    ],
+)
+def test_a_stored_tensor_is_a_formula_only_when_it_equals_it(source: torch.Tensor, kept: bool) -> None:
+    formula = read_constant(source)
+    assert (formula is not None) == kept
+    if formula is not None:
+        for place in itertools.product(*(range(size) for size in source.shape)):
+            value = formula.xreplace({axis(n): sympy.Integer(index) for n, index in enumerate(place)})
+            assert float(source[place]) == float(value == sympy.true if value in (sympy.true, sympy.false) else value)

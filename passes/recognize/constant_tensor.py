@@ -74,13 +74,16 @@ def _regions(member: Tensor, row: sympy.Symbol, column: sympy.Symbol) -> Iterato
     band, within = _band(member, q - k, row - column)
     if torch.equal(member, within):
         yield band
+    everywhere = (sympy.true, torch.ones_like(member))
     block = int((~member[:, 0]).int().argmax()) or int((~member[0]).int().argmax())
-    if block and torch.equal(member, within & (q // block == k // block)):
-        yield conjoin(band, relate("eq", FloorDiv(row, sympy.Integer(block)), FloorDiv(column, sympy.Integer(block))))
     line = member[-1].flip(0) if rows >= columns else member[0]
     stride = int(line[1:].int().argmax()) + 1
-    if stride > 1 and torch.equal(member, within & ((q - k) % stride == 0)):
-        yield conjoin(band, relate("eq", sympy.Mod(row - column, stride), sympy.S.Zero))
+    for condition, inside in (everywhere, (band, within)):
+        if block and torch.equal(member, inside & (q // block == k // block)):
+            same = relate("eq", FloorDiv(row, sympy.Integer(block)), FloorDiv(column, sympy.Integer(block)))
+            yield conjoin(condition, same)
+        if stride > 1 and torch.equal(member, inside & ((q - k) % stride == 0)):
+            yield conjoin(condition, relate("eq", sympy.Mod(row - column, stride), sympy.S.Zero))
     prefix = int(member.all(0).int().argmin())
     band, within = _band(member[:, prefix:], (q - k)[:, prefix:], row - column)
     if prefix and torch.equal(member, (q - k >= _lowest(within, (q - k)[:, prefix:])) | (k < prefix)):
