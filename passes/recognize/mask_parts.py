@@ -38,12 +38,15 @@ def _shifted(part: SymbolicTensor, place: int, start: sympy.Basic) -> sympy.Basi
     )
 
 
-@rule("cat")
+@rule("cat", "hstack", "vstack")
 def _concatenation(op: Operation) -> sympy.Basic | None:
     nodes = list(op["tensors"])
     if any(rank_of(node) != op.rank for node in nodes):
         return None
-    place = op.axis_number(op["dim"])
+    if op.kind == "cat":
+        place = op.axis_number(op["dim"])
+    else:
+        place = 1 if op.kind == "hstack" and op.rank > 1 else 0
     parts = [op.algebra.read(node) for node in nodes]
     starts: list[sympy.Basic] = [sympy.S.Zero]
     for part in parts:
