@@ -194,6 +194,7 @@ class _Finder:
             softcap=scores.softcap, biases=scores.biases + opaque, gain=scores.gain, sinks=scores.sinks,
             folded=q.factor * k.factor,
             absorbed=tuple(dict.fromkeys((*scores.passed, *k.passed, *v.passed, *q.passed))),
+            mask_sources=tuple(mask.source for mask in scores.masks if mask.source is not None),
             evidence=tuple(evidence), source=source_of(anchor),
         )  # fmt: skip
 

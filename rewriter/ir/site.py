@@ -75,7 +75,8 @@ class Site:
     head, dim).  scale multiplies q·k, `folded` of it taken out of q and k;
     gain, a tensor that does not depend on the key, multiplies it too; softcap c means c·tanh(s/c) after them.  biases are
     added then, the mask applied last.  heads, kv_heads, head_dim, value_dim: static sizes.  sinks: one more logit per head
-    without a value, a tensor over the scores or one number.  absorbed: interior nodes.
+    without a value, a tensor over the scores or one number.  absorbed: interior nodes.  mask_sources: the
+    tensors that the mask was read from.
     provenance: what lies behind q, k and v, in nodes of the graph that the site was found in; None when it was not looked for.
     evidence: sentences saying how each part was read.  source: file:line of the user's code.
     """
@@ -101,6 +102,7 @@ class Site:
     dropout: float = 0.0
     folded: float = 1.0
     absorbed: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
+    mask_sources: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
     provenance: Provenance | None = field(default=None, repr=False)
     evidence: tuple[str, ...] = ()
     source: str = ""
