@@ -28,8 +28,8 @@ class Recorder(torch.fx.Interpreter):
     """Runs a graph and keeps every value."""
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        self.garbage_collect_values = False
-        return super().run_node(n)
+        made = super().run_node(n)
+        return made.clone() if isinstance(made, torch.Tensor) else made
 
 
 def captured(model: nn.Module, inputs: Any, dialect: str) -> Capture:
@@ -107,7 +107,7 @@ def assert_recomputed(values: Values, operand: Operand, origin: Any, tolerance: 
                 assert_angles(part.rotary, values)
         if part.projection is not None:
             compare(
-                recomputed(part, values, (want.shape[0], want.shape[1])),
+                recomputed(part, origin.parts, values, (want.shape[0], want.shape[1])),
                 want[..., part.start : part.start + part.width],
                 tolerance,
             )
@@ -115,14 +115,14 @@ def assert_recomputed(values: Values, operand: Operand, origin: Any, tolerance: 
 
 def compare(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     """Equal in value; shapes may differ where an absent axis is broadcast."""
-    torch.testing.assert_close(got.expand_as(want).contiguous(), want.contiguous(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.expand_as(want).contiguous(), want.contiguous(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def recomputed(part: Part, parts: tuple[Part, ...], values: Values, sizes: tuple[int, int]) -> torch.Tensor:
     """A part of an operand from its projection's input."""
     projection, norm, rotary = part.projection, part.norm, part.rotary
     assert projection is not None
-    x = project(projection, values, sizes)
+    x = part.factor * project(projection, values, sizes)
     if norm is not None and norm.width == sum(p.width for p in parts) > part.width:
         head = torch.cat([project(p.projection, values, sizes) for p in parts if p.projection], -1)
         x, norm = normalise(norm, head, values)[..., part.start : part.start + part.width], None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import sympy
 import torch.fx
 
 from subquad.ir.graph import rank_of, shape_of
@@ -14,6 +15,7 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.projection_norm import Held
 from subquad.passes.recognize.provenance_index import Index, Indices
 from subquad.passes.recognize.provenance_terms import given, word
+from subquad.passes.recognize.symbolic_tensor import size_of
 
 Node = torch.fx.Node
 SUMS = 4
@@ -109,12 +111,13 @@ def _unlaid(node: Any) -> Any:
 
 
 def projection_of(
-    node: Node, indices: Indices, heads: dict[str, int], roles: dict[str, str], held: Held
+    node: Node, indices: Indices, sizes: dict[str, Any], roles: dict[str, str], held: Held
 ) -> Projection | str:
     """The projection that makes `node`, read at `indices`; a sentence when it is none.
 
-    heads: the head tokens of the operand with their sizes, outermost first.  roles: of every token "b", "t" or "h".
+    sizes: of the operand's tokens, heads outermost first.  roles: of every token "b", "t" or "h".
     """
+    heads = {token: size for token, size in sizes.items() if roles[token] == "h"}
     affine = read_affine(node, held)
     if affine is None:
         return f"it is made by `{word(node) or node.name}`, which is no projection by a held weight"
@@ -122,6 +125,8 @@ def projection_of(
     axes = tuple("".join(roles.get(token, "?") for token, _ in index.terms) for index in rows)
     if any(index.values.any() for index in rows) or set("".join(axes)) - {"b", "t"}:
         return "its heads or places are not features of the projection"
+    if not all(_is_whole(index, size, sizes) for index, size in zip(rows, shape_of(node) or (), strict=False)):
+        return "it is a part of the projection's batch or time"
     features = _features(feature, heads)
     if features is None:
         return "its heads are not laid out along the features of the projection"
@@ -142,6 +147,12 @@ def projection_of(
         axes,
         affine.adapters,
     )
+
+
+def _is_whole(index: Index, size: Any, sizes: dict[str, Any]) -> bool:
+    """True when the tokens of an index run through a whole axis."""
+    total = sympy.prod(sizes[token] for token, _ in index.terms)
+    return bool(sympy.expand(total - size_of(size)) == 0)
 
 
 def _features(feature: Index, heads: dict[str, int]) -> np.ndarray | None:

@@ -35,10 +35,6 @@ class _Axes:
     sizes: dict[str, Any]
     roles: dict[str, str]
 
-    @property
-    def heads(self) -> dict[str, int]:
-        return {token: size for token, size in self.sizes.items() if self.roles[token] == "h"}
-
 
 class ProvenanceReader:
     """Reads the provenance of sites of one graph; what layers share is read once.
@@ -64,7 +60,7 @@ class ProvenanceReader:
     def origin(self, operand: Operand) -> Origin:
         """Where one operand comes from."""
         shape = shape_of(operand.node) or ()
-        start = _start(operand.axes, shape)
+        start = None if operand.packed else _start(operand.axes, shape)
         if start is None:
             return Origin((), "its width is not one axis of a fixed size")
         indices, axes = start
@@ -81,7 +77,7 @@ class ProvenanceReader:
         leaves = expansion.leaves(Term(read, lanes, trail=(read,)))
         found: list[Part] = []
         for start, width, terms in _runs(leaves, begin, len(lanes)):
-            if len(terms) == 1 and not terms[0].factors and terms[0].sign == 1.0:
+            if len(terms) == 1 and not terms[0].factors:
                 found.extend(self._plain(terms[0], axes, depth))
             else:
                 found.extend(self._turned(terms, start, width, axes, depth))
@@ -90,19 +86,18 @@ class ProvenanceReader:
     def _plain(self, term: Term, axes: _Axes, depth: int) -> list[Part]:
         """What is behind the end of a walk: a norm and what it normalises, a projection, or nothing known."""
         node, start, width = term.read.node, int(term.lanes[0]), len(term.lanes)
-        norm = self.norm(node)
-        if norm is not None:
-            inner = self._parts(Read(norm.x, term.read.indices), term.lanes, axes, depth + 1)
-            return [
-                replace(part, norm=replace(norm, after_rotary=part.rotary is not None), why=part.why)
-                if part.norm is None
-                else Part(start, width, why="it is normalised twice")
-                for part in inner
-            ]
-        found = projection_of(node, term.read.indices, axes.heads, axes.roles, self.held)
-        if isinstance(found, Projection):
-            return [Part(start, width, projection=found)]
-        return [Part(start, width, why=found)]
+        norm, factor = self.norm(node), term.sign
+        if norm is None:
+            found = projection_of(node, term.read.indices, axes.sizes, axes.roles, self.held)
+            if isinstance(found, Projection):
+                return [Part(start, width, projection=found, factor=factor)]
+            return [Part(start, width, why=found)]
+        if factor != 1.0:
+            return [Part(start, width, why="a normalised tensor is multiplied by a number")]
+        inner = self._parts(Read(norm.x, term.read.indices), term.lanes, axes, depth + 1)
+        if any(part.norm is not None or part.factor != 1.0 for part in inner):
+            return [Part(start, width, why="it is scaled or normalised before its norm")]
+        return [replace(part, norm=replace(norm, after_rotary=part.rotary is not None)) for part in inner]
 
     def _turned(self, terms: list[Term], start: int, width: int, axes: _Axes, depth: int) -> list[Part]:
         found = read_rotary(terms, start, width, axes.sizes, axes.roles)

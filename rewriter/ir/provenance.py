@@ -133,13 +133,17 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Part:
-    """Places start … start + width of an operand's head, all of one origin; `why` says what is missing and for what reason."""
+    """Places start … start + width of an operand's head, all of one origin; `why` says what is missing and for what reason.
+
+    factor: a number that multiplies the projection; with a norm it is one.
+    """
 
     start: int
     width: int
     rotary: Rotary | None = None
     norm: Norm | None = None
     projection: Projection | None = None
+    factor: float = 1.0
     why: str = ""
 
 
@@ -218,5 +222,6 @@ def _part_json(part: Part) -> dict[str, Any]:
             "weight": projection.words(), "features": len(projection.rows), "of": projection.out_features,
             "adapters": len(projection.adapters),
         },
+        "factor": part.factor,
         "why": part.why,
     }  # fmt: skip
