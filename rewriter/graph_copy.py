@@ -50,7 +50,7 @@ def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
     """The same site in the copied graph."""
 
     def operand(o: Operand) -> Operand:
-        return Operand(mapping[o.node], o.axes)
+        return replace(o, node=mapping[o.node])
 
     def over_scores(tensor: Any) -> Any:
         return replace(tensor, node=mapping[tensor.node]) if isinstance(tensor, ScoreTensor) else tensor

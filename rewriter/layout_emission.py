@@ -16,7 +16,7 @@ from torch.utils._sympy.functions import Mod as TorchMod
 from subquad.ir.emitter import Emitter
 from subquad.ir.graph import rank_of, shape_of, value_of
 from subquad.ir.mask import FloorDiv
-from subquad.ir.site import Operand, ScoreTensor, Site, View
+from subquad.ir.site import Operand, ScoreTensor, Site, View, unpacked_shape
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -25,6 +25,8 @@ aten = torch.ops.aten
 def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
     """The operand as [B, T, H, D]; one that all rows share is expanded to the batch of the site's output."""
     node = operand.node
+    for axis, sizes in reversed(operand.packed):
+        node = emitter.call(aten.unflatten.int, node, axis, [size(emitter, s) for s in sizes])
     groups = [list(group) for group in operand.axes]
     held = {axis for group in groups for axis in group}
     for n in reversed([n for n in range(rank_of(node) or 0) if n not in held]):
@@ -41,7 +43,7 @@ def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
         if not group:
             node = emitter.call(aten.unsqueeze.default, node, place)
     if not groups[0] and site.out_axes[0]:
-        shape = shape_of(site.out) or ()
+        shape = unpacked_shape(shape_of(site.out) or (), site.packed)
         rows = size(emitter, math.prod(shape[axis] for axis in site.out_axes[0]))
         node = emitter.call(aten.expand.default, node, [rows, -1, -1, -1])
     return node
@@ -49,7 +51,7 @@ def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
 
 def restored(emitter: Emitter, node: Node, site: Site) -> Node:
     """From [B, T, H, V] to the axes of the replaced output."""
-    shape = shape_of(site.out) or ()
+    shape = unpacked_shape(shape_of(site.out) or (), site.packed)
     for place in reversed(range(4)):
         group = site.out_axes[place]
         if not group:
@@ -64,6 +66,8 @@ def restored(emitter: Emitter, node: Node, site: Site) -> Node:
     for axis in range(len(shape)):
         if axis not in axes:
             node = emitter.call(aten.unsqueeze.default, node, axis)
+    for axis, sizes in site.packed:
+        node = emitter.call(aten.flatten.using_ints, node, axis, axis + len(sizes) - 1)
     return node
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from subquad.capture import Capture, ProgramModule, capture
 from subquad.equal_modules import Footprints, can_move, moved_capture
 from subquad.ir.errors import CaptureError
-from subquad.ir.graph import ancestors, module_path, shape_of, value_of
+from subquad.ir.graph import ancestors, module_path, value_of
 from subquad.ir.report import Report
 from subquad.ir.site import Site
 from subquad.lifting import CONSTANTS
@@ -193,7 +193,7 @@ def _common(paths: list[str]) -> str:
 def _alone(root: nn.Module, owner: nn.Module, call: Call) -> tuple[Capture, list[Site]] | None:
     """A module's own graph and its sites; None where the graph would not be the module's in every call.
 
-    A number among the arguments may be a length, which the graph would freeze; a forward already bound to the instance is
+    A number among the arguments may be a length, and a branch on values an accident of the example, which the graph would freeze; a forward already bound to the instance is
     somebody else's; a constant that is a parameter of another module would not follow it.
     """
     leaves = pytree.tree_leaves(call)
@@ -204,7 +204,11 @@ def _alone(root: nn.Module, owner: nn.Module, call: Call) -> tuple[Capture, list
             captured = capture(owner, call)
     except CaptureError:
         return None
-    if len(captured.inputs) != sum(isinstance(x, torch.Tensor) for x in leaves) or _borrows(captured, root):
+    if (
+        captured.guards.values is not None
+        or len(captured.inputs) != sum(isinstance(x, torch.Tensor) for x in leaves)
+        or _borrows(captured, root)
+    ):
         return None
     return captured, recognise(captured, Report()).sites
 
@@ -218,7 +222,7 @@ def _same(site: Site, taken: Replacement) -> bool:
 
 def _words(site: Site) -> Any:
     sizes = [
-        isinstance((shape_of(operand.node) or ())[axis], torch.SymInt)
+        isinstance(operand.shape[axis], torch.SymInt)
         for operand in (site.q, site.k)
         for group in operand.axes[:2]
         for axis in group

@@ -165,9 +165,10 @@ class _Finder:
         if weighting.empty_rows is None:
             scores = unambiguous(scores, reader)
         empty = empty_rows(scores, weighting.empty_rows, found.safe)
-        return self._site(
+        site = self._site(
             found.node, "softmax", weighting.out, weighting.out_axes, q_read, k_read, v_read, reader, scores, empty
         )
+        return replace(site, packed=weighting.packed)
 
     def _static(self, size: Any, node: Node) -> int:
         if not isinstance(size, int):

@@ -9,9 +9,9 @@ from typing import Any
 import sympy
 
 from subquad.ir.mask import KV, B, FloorDiv, H, Q
-from subquad.ir.site import CanonicalAxes, View
+from subquad.ir.site import CanonicalAxes, Packed, View
 from subquad.passes.recognize.index_map import IndexMap, trace_view
-from subquad.passes.recognize.mixed_radix import without_divisions
+from subquad.passes.recognize.mixed_radix import quotient_and_rest, without_divisions
 from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 
 DIM = sympy.Symbol("dim", integer=True, nonnegative=True)
@@ -156,6 +156,37 @@ class Frame:
         if not repeats.is_Integer:
             return None
         return Axes((ordered[0], ordered[1], ordered[2], tuple(axes[3])), int(repeats))
+
+    def unpacked(
+        self, shape: Sequence[Any], indices: Indices, dim: Any
+    ) -> tuple[tuple[Any, ...], Indices, tuple[Packed, ...]]:
+        """A shape and its indices with every axis that counts several roles together split into them.
+
+        dim: the size of the whole of DIM.
+        """
+        sizes: list[Any] = []
+        parts: list[sympy.Basic] = []
+        packed: list[Packed] = []
+        for n, (size, index) in enumerate(zip(shape, indices, strict=True)):
+            found = self._mixed(index, dim)
+            if found:
+                packed.append((n, tuple(held for held, _ in found)))
+            sizes.extend([held for held, _ in found] or [size])
+            parts.extend([part for _, part in found] or [index])
+        return tuple(sizes), tuple(parts), tuple(packed)
+
+    def _mixed(self, index: sympy.Basic, dim: Any) -> list[tuple[Any, sympy.Basic]]:
+        """Sizes and indices of the parts of an index that counts several roles together; [] for any other."""
+        tail: list[tuple[Any, sympy.Basic]] = []
+        if DIM in index.free_symbols and index != DIM:
+            whole, rest = quotient_and_rest(index, size_of(dim), self.sizes | {DIM: size_of(dim)})
+            if rest != DIM:
+                return []
+            index, tail = whole, [(dim, DIM)]
+        found = self.digits_of(index) if index != DIM else None
+        if not found or (not tail and any(set(found) <= set(places) for places in self.roles)):
+            return []
+        return [*((self.shape[n], digit(n)) for n in found), *tail]
 
     def views(self, shape: Sequence[Any], rank: int, place: Indices) -> tuple[View, ...] | None:
         """Steps that lay a tensor out as [B|1, H|1, Tq|1, Tk|1]; None when it cannot be.

@@ -39,12 +39,19 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
     here = IndexMap(node, indices)
     dim = next((size for size, index in zip(shape_of(node) or (), indices, strict=True) if index == DIM), 1)
     found: list[Peeled] = []
+    packed: list[Peeled] = []
     passed: list[Node] = []
     factor = 1.0
     while True:
         read = frame.axes(shape_of(here.node) or (), here.indices, time, dim)
         if read is not None:
             found.append(Peeled(Operand(here.node, read.axes), read.repeats, factor, tuple(passed)))
+        elif not found:
+            shape, parts, mixed = frame.unpacked(shape_of(here.node) or (), here.indices, dim)
+            split = frame.axes(shape, parts, time, dim) if mixed else None
+            if split is not None:
+                operand = Operand(here.node, split.axes, mixed)
+                packed.append(Peeled(operand, split.repeats, factor, tuple(passed)))
         before = frame.traced(here)
         if before is None:
             scaled = None if algebra is None else _scaled(here.node, algebra)
@@ -53,9 +60,9 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
             before, factor = IndexMap(scaled[0], here.indices), factor * scaled[1]
         passed.append(here.node)
         here = before
-    if not found:
+    if not found and not packed:
         raise NotAttention("an operand of the product has axes that are not batch, time, head and dim", node, "layout")
-    return found
+    return found or packed[:1]
 
 
 def alike(keys: list[Peeled], values: list[Peeled], node: Node) -> tuple[Peeled, Peeled]:
@@ -86,7 +93,7 @@ def _same_shape(a: Node, b: Node) -> bool:
 
 def size_of_axes(operand: Operand, role: int) -> sympy.Basic | int:
     """The size of canonical axis `role` (batch, time, head, dim) of an operand; one when it is absent."""
-    shape = shape_of(operand.node) or ()
+    shape = operand.shape
     total = 1
     for axis in operand.axes[role]:
         total = total * shape[axis]

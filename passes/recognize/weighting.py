@@ -9,7 +9,7 @@ import torch.fx
 
 from subquad.ir.graph import shape_of, users_of
 from subquad.ir.mask import EmptyRows
-from subquad.ir.site import CanonicalAxes
+from subquad.ir.site import CanonicalAxes, Packed
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import JOINED, VIEWS, Chain, Indices, step_forward
 from subquad.passes.recognize.frame import DIM, digit
@@ -34,7 +34,7 @@ class Weighting:
 
     values, indices: the tensor of values and formulas of its indices.  out, out_axes: the result and its axes.
     empty_rows: the value a guard gives to rows without keys, None without a guard.  passed: interior nodes, probabilities
-    first, the output excluded.
+    first, the output excluded.  packed: axes of the result that count batch and heads together, as in Site.
     """
 
     values: Node
@@ -43,6 +43,7 @@ class Weighting:
     out_axes: CanonicalAxes
     empty_rows: EmptyRows | None
     passed: tuple[Node, ...]
+    packed: tuple[Packed, ...] = ()
 
 
 def read_weighting(found: Normalised, chain: Chain, scores: Scores, reader: ScoreReader) -> Weighting:
@@ -139,7 +140,7 @@ def _output(
         raise NotAttention("the weighted values are scaled or added to something in one operation", node, "values")
     out = tuple(of_left.get(label, DIM) for label in product.out_labels)
     indices = product.indices(product.right, product.right_labels, out, keys)
-    last = node
+    last, first = node, out
     dim = next((size for size, index in zip(shape_of(node) or (), out, strict=True) if index == DIM), 1)
     read = frame.axes(shape_of(node) or (), out, frame.query, dim)
     interior: list[Node] = []
@@ -147,8 +148,14 @@ def _output(
         users = users_of(last)
         moved = viewed(users[0], last, out) if len(users) == 1 and kind(users[0]) in VIEWS else None
         if moved is None:
-            raise NotAttention("the weighted values are laid out in a way that is not understood", node, "layout")
+            break
         interior.append(last)
         last, out = users[0], frame.simplified(moved)
         read = frame.axes(shape_of(last) or (), out, frame.query, dim)
-    return Weighting(product.right, indices, last, read.axes, empty, (*passed, *interior))
+    if read is not None:
+        return Weighting(product.right, indices, last, read.axes, empty, (*passed, *interior))
+    shape, parts, packed = frame.unpacked(shape_of(node) or (), first, dim)
+    read = frame.axes(shape, parts, frame.query, dim)
+    if read is None:
+        raise NotAttention("the weighted values are laid out in a way that is not understood", node, "layout")
+    return Weighting(product.right, indices, node, read.axes, empty, tuple(passed), packed)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.fx
 
+from subquad.ir.graph import shape_of
 from subquad.ir.mask import Mask
 from subquad.ir.provenance import Provenance
 
@@ -24,16 +25,33 @@ class View:
     arguments: tuple[Any, ...]
 
 
+Packed = tuple[int, tuple[Any, ...]]
+"""An axis and the sizes it is unflattened to, outermost first."""
+
+
+def unpacked_shape(shape: tuple[Any, ...], packed: tuple[Packed, ...]) -> tuple[Any, ...]:
+    """The shape behind the unpacking of some of its axes."""
+    sizes = dict(packed)
+    return tuple(size for axis, held in enumerate(shape) for size in sizes.get(axis, (held,)))
+
+
 @dataclass(frozen=True)
 class Operand:
     """A q, k, v or output tensor, with the order of its axes.
 
     node: the graph value before any repetition of heads.  axes: for canonical order (batch, time, head, dim) the axes of
-    `node` that hold it; further axes have size one.
+    `node` that hold it; further axes have size one.  packed: axes of `node` that count several of these together; `axes`
+    then number the axes behind their unpacking.
     """
 
     node: torch.fx.Node
     axes: CanonicalAxes
+    packed: tuple[Packed, ...] = ()
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """The sizes of the axes that `axes` numbers."""
+        return unpacked_shape(shape_of(self.node) or (), self.packed)
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,8 @@ class Site:
     gain, a tensor that does not depend on the key, multiplies it too; softcap c means c·tanh(s/c) after them.  biases are
     added then, the mask applied last.  heads, kv_heads, head_dim, value_dim: static sizes.  sinks: one more logit per head
     without a value, a tensor over the scores or one number.  absorbed: interior nodes.  mask_sources: the
-    tensors that the mask was read from.
+    tensors that the mask was read from.  packed: axes of the result that count batch and heads together; out_axes then
+    number the axes behind their unpacking.
     provenance: what lies behind q, k and v, in nodes of the graph that the site was found in; None when it was not looked for.
     evidence: sentences saying how each part was read.  source: file:line of the user's code.
     """
@@ -103,6 +122,7 @@ class Site:
     folded: float = 1.0
     absorbed: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
     mask_sources: tuple[torch.fx.Node, ...] = field(default=(), repr=False)
+    packed: tuple[Packed, ...] = ()
     provenance: Provenance | None = field(default=None, repr=False)
     evidence: tuple[str, ...] = ()
     source: str = ""

@@ -15,7 +15,7 @@ from subquad.capture import capture
 from subquad.ir.errors import ConversionError
 from subquad.ir.graph import attribute, hang
 from subquad.ir.report import Report
-from subquad.ir.site import CanonicalAxes, Site
+from subquad.ir.site import CanonicalAxes, Packed, Site
 from subquad.recognition import recognise
 from subquad.replacement import rewritten_capture
 from subquad.training.adapters import Adapters
@@ -107,12 +107,14 @@ class _Taker(torch.fx.Interpreter):
 
 
 def _sample(site: Site, values: dict[torch.fx.Node, Tensor]) -> Sample:
-    q, k, v = (_canonical(values[operand.node], operand.axes) for operand in (site.q, site.k, site.v))
-    return Sample(q, k, v, _canonical(values[site.out], site.out_axes))
+    q, k, v = (_canonical(values[o.node], o.axes, o.packed) for o in (site.q, site.k, site.v))
+    return Sample(q, k, v, _canonical(values[site.out], site.out_axes, site.packed))
 
 
-def _canonical(value: Tensor, axes: CanonicalAxes) -> Tensor:
+def _canonical(value: Tensor, axes: CanonicalAxes, packed: tuple[Packed, ...]) -> Tensor:
     """The value as [B, T, H, D]; absent axes have size one."""
+    for axis, sizes in reversed(packed):
+        value = value.unflatten(axis, tuple(size if isinstance(size, int) else -1 for size in sizes))
     order = [axis for group in axes for axis in group]
     rest = [axis for axis in range(value.dim()) if axis not in order]
     sizes = [math.prod(value.shape[axis] for axis in group) for group in axes]
