@@ -56,7 +56,8 @@ def find_attention(
         try:
             site = finder.site(node)
         except NotAttention as no:
-            refusals.append(refuse(node, what, no.reason, no.kind, no.node))
+            named = "projection" if no.reason == PROJECTION else no.kind
+            refusals.append(refuse(node, what, no.reason, named, no.node))
             continue
         if site is not None:
             sites.append(replace(site, provenance=provenance.read(site.q, site.k, site.v)))
