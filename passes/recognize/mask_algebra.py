@@ -28,7 +28,7 @@ class MaskAlgebra:
     """Formulas of a graph's tensors, each computed once.
 
     A formula equals its tensor at every index, for every size and every input; integers are taken to stay below 2^31 and
-    positions below 2^24.  What has no rule becomes a table: an uninterpreted function of the tensor's own indices, which is
+    positions below 2^20.  What has no rule becomes a table: an uninterpreted function of the tensor's own indices, which is
     always true and costs only precision.  So does a tensor whose memory some operation of the graph writes to.  `tables`
     maps each function's name to its node.
     """

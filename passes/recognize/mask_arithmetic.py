@@ -2,9 +2,10 @@
 
 Numbers are computed by running the operation itself on one element of each tensor's dtype.  Formulas of indices and tables
 are integers.  int32 and int64 hold them, overflow aside: sizes and ids are taken to stay below 2^31.  float32 and float64
-hold linear formulas of indices, below 2^24 positions.  A table's element may round in a floating dtype; then only a
-comparison with a small number is exact, because rounding keeps the order and small integers do not round.  Narrower
-integers wrap around and half precision rounds at 256, so there only numbers and a tensor's own elements are formulas.
+hold linear formulas of indices with factors up to 16, below 2^20 positions.  A table's element may round in a floating
+dtype; then only a comparison with a small number is exact, because rounding keeps the order and small integers do not round.
+Narrower integers wrap around and half precision rounds at 256, so there only numbers and a tensor's own elements are
+formulas.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ WIDE_INTEGERS = (torch.int64, torch.int32)
 WIDE_FLOATS = (torch.float64, torch.float32)
 SMALL = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.float16: 64, torch.bfloat16: 16}
 """Integers up to here, and four times as far, are exact in the dtype."""
-LARGEST_FACTOR = 1024
+LARGEST_FACTOR = 16
+LARGEST_DIVISOR = 1024
 
 
 def number(value: Any) -> sympy.Basic:
@@ -65,9 +67,9 @@ def stored(value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
 
 
 def is_index(value: sympy.Basic) -> bool:
-    """True for an integer formula of indices and sizes, linear with small factors: below 2^24 wherever positions are few."""
+    """True for an integer formula of indices and sizes, linear with small factors: below 2^24 for positions below 2^20."""
     if value.is_Integer:
-        return bool(abs(value) <= LARGEST_FACTOR**2)
+        return bool(abs(value) <= 1 << 20)
     if value.is_Symbol:
         return bool(value.is_integer)
     if isinstance(value, sympy.Add | FloorDiv | sympy.Mod | sympy.Abs | sympy.Max | sympy.Min):
@@ -117,9 +119,12 @@ def compared(relation: str, a: sympy.Basic, b: sympy.Basic, dtype: torch.dtype) 
     """
     if not (is_integer(a) or a.is_number) or not (is_integer(b) or b.is_number):
         raise NoFormula
+    given = a, b
     a, b = (stored(side, dtype) if side.is_number else side for side in (a, b))
     if not dtype.is_floating_point:
         return relate(relation, a, b)
+    if dtype not in WIDE_FLOATS and relate(relation, a, b) != relate(relation, *given):
+        raise NoFormula  # some devices compare half precision with a number that they do not round
     for side, other in ((a, b), (b, a)):
         if side.is_number or (dtype in WIDE_FLOATS and is_index(side)):
             continue
@@ -192,7 +197,7 @@ def _remainder(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
 
 def _fraction(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
     """a / b, for a rounding that follows: see `rounded_down`."""
-    if not (b.is_Integer and 0 < b <= LARGEST_FACTOR and is_index(a)):
+    if not (b.is_Integer and 0 < b <= LARGEST_DIVISOR and is_index(a)):
         raise NoFormula
     return a / b
 
@@ -203,7 +208,7 @@ def rounded_down(value: sympy.Basic) -> sympy.Basic:
     A float32 quotient of integers below 2^24 rounds to a whole number only when it is one.
     """
     top, bottom = sympy.fraction(sympy.together(value))
-    if not (bottom.is_Integer and 0 < bottom <= LARGEST_FACTOR and is_index(sympy.expand(top))):
+    if not (bottom.is_Integer and 0 < bottom <= LARGEST_DIVISOR and is_index(sympy.expand(top))):
         raise NoFormula
     return FloorDiv(sympy.expand(top), bottom)
 

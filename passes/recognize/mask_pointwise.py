@@ -40,6 +40,8 @@ def _binary(op: Operation, operation: str) -> sympy.Basic:
 
     def leaf(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
         if a.is_number and b.is_number:
+            if b == 0 and operation in ("fraction", "floordiv", "mod"):
+                raise NoFormula  # the sign of zero decides, and formulas do not keep it
             return _run(op, {"a": a, "b": b})
         if not (is_integer(a) and is_integer(b)):
             raise NoFormula
@@ -168,8 +170,10 @@ def _special_values(op: Operation) -> sympy.Basic:
 
 
 @rule("floor", "ceil", "trunc", "round")
-def _rounding(op: Operation) -> sympy.Basic:
+def _rounding(op: Operation) -> sympy.Basic | None:
     """Integers stay; a quotient of indices is rounded down, or towards zero where it is not negative."""
+    if op.arguments.get("decimals"):
+        return None
 
     def leaf(x: sympy.Basic) -> sympy.Basic:
         if x.is_number:

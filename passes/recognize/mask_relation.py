@@ -92,6 +92,10 @@ def _equal(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
     difference = sympy.expand(a - b)
     if difference.is_Integer:
         return truth(difference == 0)
+    if isinstance(difference, sympy.Mul):
+        return disjoin(*(_equal(factor, sympy.S.Zero) for factor in difference.args if not factor.is_number))
+    if isinstance(difference, sympy.Pow) and difference.exp.is_Integer and difference.exp > 0:
+        return _equal(difference.base, sympy.S.Zero)
     if never_negative(difference - 1) or never_negative(-1 - difference):
         return sympy.false
     positive, negative, constant = _sides(difference)
@@ -195,8 +199,11 @@ def within(condition: sympy.Basic, highest: Mapping[sympy.Symbol, sympy.Basic]) 
         return join(*(within(part, highest) for part in condition.args))
     margins = [] if isinstance(condition, sympy.Eq) else _margins(condition)
     for margin in margins:
-        falling = all(margin.coeff(index) <= 0 for index in margin.free_symbols & set(highest))
-        if falling and never_negative(sympy.expand(margin.xreplace(dict(highest)))):
+        met = margin.free_symbols & set(highest)
+        factors = {index: sympy.expand(margin).coeff(index) for index in met}
+        rest = sympy.expand(margin - sympy.Add(*(factor * index for index, factor in factors.items())))
+        falling = all(factor.is_Integer and factor <= 0 for factor in factors.values())
+        if falling and not rest.free_symbols & met and never_negative(sympy.expand(margin.xreplace(dict(highest)))):
             return sympy.true
     return condition
 

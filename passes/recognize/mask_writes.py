@@ -9,6 +9,7 @@ import torch
 import torch.fx
 
 from subquad.ir.graph import node_inputs, value_of
+from subquad.ir.vocabulary import module_of
 
 Node = torch.fx.Node
 HARMLESS = ("detach_", "requires_grad_", "retain_grad", "rename_")
@@ -46,6 +47,8 @@ def _written_arguments(node: Node) -> list[Node]:
         name = str(node.target)
         writes = (name.endswith("_") and not name.endswith("__") and name not in HARMLESS) or name == "__setitem__"
         return list(node_inputs(node.args[:1])) if writes or _augmented(name) else []
+    if node.op == "call_module":
+        return list(node_inputs(node.args[:1])) if getattr(module_of(node), "inplace", False) else []
     if node.op != "call_function":
         return []
     if isinstance(node.target, torch._ops.OpOverload):

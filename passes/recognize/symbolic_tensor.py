@@ -10,8 +10,8 @@ import sympy
 import torch
 
 from subquad.ir.mask import Where
-from subquad.passes.recognize.mask_arithmetic import number
-from subquad.passes.recognize.mask_choice import choose, is_boolean, leaves
+from subquad.passes.recognize.mask_arithmetic import is_integer, number
+from subquad.passes.recognize.mask_choice import NoFormula, choose, is_boolean, leaves
 from subquad.passes.recognize.mask_relation import python_number, relate
 
 __all__ = ["SymbolicTensor", "as_condition", "as_number", "axis", "is_boolean", "is_hard", "is_one", "number", "size_of",
@@ -81,12 +81,17 @@ def as_number(expression: sympy.Basic) -> sympy.Basic:
 
 
 def as_condition(expression: sympy.Basic) -> sympy.Basic:
-    """A number as the condition that it is not zero.  Exact in every dtype: no integer but zero rounds to zero."""
+    """A number as the condition that it is not zero.  Exact in every dtype: no integer but zero rounds to zero.
+
+    Raises NoFormula for what may be a fraction: predicates read whole numbers only.
+    """
     if is_boolean(expression):
         return expression
     if isinstance(expression, Where):
         condition, yes, no = expression.args
         return choose(condition, as_condition(yes), as_condition(no))
+    if not (expression.is_number or is_integer(expression)):
+        raise NoFormula
     return relate("ne", expression, sympy.S.Zero)
 
 
