@@ -69,18 +69,22 @@ def site_fields(site: dict[str, Any]) -> list[Field]:
     ]
     provenance = site["provenance"]
     if provenance is not None:
-        fields += [(letter, _origin(provenance[letter])) for letter in "qkv"]
+        fields += [(letter, _origin(provenance[letter], site["path"])) for letter in "qkv"]
         shared = "q, k and v are projections of one tensor"
         fields.append(("input", shared if provenance["layer_input"] else f"not found: {provenance['why']}"))
     return [*fields, ("source", site["source"]), ("decision", site["decision"])]
 
 
-def _origin(origin: dict[str, Any]) -> str:
+def _origin(origin: dict[str, Any], path: str) -> str:
+    """The way from a projection to an operand; weights are named from the site's module on where they lie in it."""
     if origin["why"]:
         return f"unknown: {origin['why']}"
     parts = []
     for part in origin["parts"]:
-        steps = [part["projection"]["weight"] if part["projection"] else f"unknown ({part['why']})"]
+        projection = part["projection"]
+        steps = [projection["weight"].removeprefix(f"{path}.") if projection else f"unknown ({part['why']})"]
+        if part["factor"] != 1.0:
+            steps.append(f"times {part['factor']:.4g}")
         if part["norm"]:
             steps.append(f"{part['norm']['name']} norm over {part['norm']['width']}")
         if part["rotary"]:
@@ -123,7 +127,8 @@ def grouped(rows: Iterable[tuple[dict[str, Any], str]]) -> list[tuple[list[str],
         kept = {key: value for key, value in row.items() if key not in ("path", "source", "evidence")}
         if kept.get("provenance"):
             kept["provenance"] = {**kept["provenance"], "layer_input": bool(kept["provenance"]["layer_input"])}
-        key = re.sub(r"(?<=[A-Za-z_]\.)\d+", "#", json.dumps(kept, sort_keys=True, default=str))
+        said = json.dumps(kept, sort_keys=True, default=str).replace(f'"{path}.', '"')
+        key = re.sub(r"(?<=[A-Za-z_]\.)\d+", "#", said)
         groups.setdefault(key, ([], row))[0].append(path)
     return list(groups.values())
 
