@@ -28,6 +28,7 @@ class BoundForward:
     def __init__(self, root: nn.Module, capture: Capture) -> None:
         self.root, self.capture = root, capture
         self.signature = inspect.signature(type(root).forward)
+        self.__signature__ = self.signature.replace(parameters=list(self.signature.parameters.values())[1:])
         self.attributes = [
             n.target for n in capture.graph.graph.nodes if n.op == "get_attr" and hasattr(root, n.target.split(".")[0])
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ def capturable() -> Iterator[None]:
 
     The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA; masks
     are not compared with the causal one, which is only a hint beside the mask itself; a checkpointed region is an ordinary
-    call, since nothing is recomputed without a backward pass.
+    call, since nothing is recomputed without a backward pass; a module that moves itself to where it is stays.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -27,9 +28,26 @@ def capturable() -> Iterator[None]:
         stack.callback(setattr, log, "disabled", log.disabled)
         log.disabled = True
         stack.enter_context(mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", _hinted))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "to", _moved_if_needed(torch.nn.Module.to)))
         yield
 
 
 def _hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
     """The hint that the caller gave, and none where it gave none."""
     return is_causal is True
+
+
+def _moved_if_needed(move: Any) -> Any:
+    """`module.to(…)` that leaves a module alone whose tensors have the dtype and device already."""
+
+    @functools.wraps(move)
+    def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        there = all(
+            (device is None or x.device == device) and (dtype is None or x.dtype == dtype or not x.is_floating_point())
+            for x in tensors
+        )
+        return module if there and layout is None else move(module, *args, **kwargs)
+
+    return to

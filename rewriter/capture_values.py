@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 READS: dict[Any, str] = {
-    getattr(torch.Tensor, name): name for name in ("__bool__", "item", "tolist", "__int__", "__float__", "__index__")
+    getattr(torch.Tensor, name): name
+    for name in ("__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__format__")
 }
 """Methods that turn the content of a tensor into a Python value, on which a forward may then branch."""
 SIZED = frozenset(
@@ -31,6 +32,8 @@ SIZED = frozenset(
     )
 )
 """Methods that read their sizes out of tensors when they are given as such."""
+SHAPED = frozenset({torch.nonzero, torch.Tensor.nonzero, torch.argwhere, torch.Tensor.argwhere, torch.where})
+"""Functions whose result is as long as there are true entries."""
 MOST = 64
 """Tensors of more elements than this are no branch conditions."""
 
@@ -54,6 +57,8 @@ class ValueReads(TorchFunctionMode):
         if func in SIZED:
             args = args[:1] + pytree.tree_map(self._number, args[1:])
             return func(*args, **(kwargs or {}))
+        if func in SHAPED and (func is not torch.where or len(args) == 1):
+            return self._shaped(func, args, kwargs or {})
         if func not in READS or not isinstance(args[0], torch.Tensor) or args[0].numel() > MOST:
             return func(*args, **(kwargs or {}))
         name, place = READS[func], _line()
@@ -63,9 +68,26 @@ class ValueReads(TorchFunctionMode):
         key = place, name, self._next(place, name)
         if key not in self.known:
             return func(*args, **(kwargs or {}))
-        self.answered.append((args[0], self.known[key]))
+        self._answer(args[0], self.known[key], place)
+        return _as_read(name, self.known[key], args)
+
+    def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The indices that the example run found, whose number no graph could know."""
+        place = _line()
+        key = place, "indices", self._next(place, "indices")
+        if not self.capturing:
+            result = func(*args, **kwargs)
+            self.known[key] = args[0].tolist(), result
+            return result
+        if key not in self.known:
+            return func(*args, **kwargs)
+        value, result = self.known[key]
+        self._answer(args[0], value, place)
+        return pytree.tree_map(torch.clone, result)
+
+    def _answer(self, tensor: torch.Tensor, value: Any, place: tuple[str, int]) -> None:
+        self.answered.append((tensor, value))
         self.lines.append(f"{place[0]}:{place[1]}")
-        return _as_read(name, self.known[key])
 
     def _number(self, value: Any) -> Any:
         """A size given as a tensor, read out of it."""
@@ -93,12 +115,17 @@ class ValueReads(TorchFunctionMode):
             yield self
 
 
-def _as_read(name: str, value: Any) -> Any:
-    if name == "__bool__":
-        return bool(value)
+def _as_read(name: str, value: Any, args: Any) -> Any:
+    """What a method returns for a tensor of this content."""
+    if name == "tolist":
+        return value
+    while isinstance(value, list):
+        (value,) = value
+    if name == "__format__":
+        return format(value, args[1])
     if name in ("__int__", "__index__"):
         return int(value)
-    return float(value) if name == "__float__" else value
+    return {"__bool__": bool, "__float__": float}.get(name, lambda item: item)(value)
 
 
 def _line() -> tuple[str, int]:

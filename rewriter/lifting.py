@@ -95,6 +95,10 @@ def from_exported_program(
     if expected is not None:
         guards = replace(guards, values=_split_off(module, len(expected)), expected=expected)
         out_spec = None if out_spec is None else out_spec.child(0)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            # decomposition makes views that hold for the example's strides only
+            node.target = torch.ops.aten.reshape.default
     without_empty_parts(module)
     tidy(module)
     result = Capture(module, owner, tuple(inputs), "aten", example, constants, out_spec, guards=guards)

@@ -64,3 +64,29 @@ def test_inputs_are_needed_where_they_cannot_be_guessed() -> None:
         subquad.inspect(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)))
     with pytest.raises(CaptureError, match="give a tuple, a dict or a tensor"):
         subquad.inspect(TwoSpellings(), 3)
+
+
+def test_a_program_decomposed_to_core_operators_is_captured_and_keeps_its_guards(tmp_path: Path) -> None:
+    for model, inputs, sites in (
+        (HandWrittenDecoder().eval(), (IDS,), 2),
+        (TwoSpellings().eval(), (torch.randn(2, 9, 32),), 2),
+    ):
+        program = torch.export.export(model, inputs, dynamic_shapes=(BOTH,), strict=False).run_decompositions()
+        torch.export.save(program, tmp_path / "core.pt2")
+        captured = capture(torch.export.load(tmp_path / "core.pt2"))
+        assert not any("softmax.int" in str(n.target) or "linear" in str(n.target) for n in captured.graph.graph.nodes)
+        fast = subquad.rewrite(torch.export.load(tmp_path / "core.pt2"), passes="fuse")
+        assert len(fast.report.sites) == sites
+        assert fast.report.rolled_back == []
+        with torch.no_grad():
+            for x in (inputs[0], inputs[0][:, :5]):
+                torch.testing.assert_close(captured.graph(x)[0], model(x))
+                torch.testing.assert_close(fast(x), model(x))
+    long = torch.zeros(2, 65, dtype=torch.int64)
+    with torch.no_grad():
+        program = torch.export.export(HandWrittenDecoder().eval(), (IDS,), dynamic_shapes=(BOTH,), strict=False)
+        torch.export.save(program.run_decompositions(), tmp_path / "core.pt2")
+    fast = subquad.rewrite(torch.export.load(tmp_path / "core.pt2"), passes="fuse")
+    assert "shape[1] <= 64" in str(capture(torch.export.load(tmp_path / "core.pt2")).guards.broken([long]))
+    with pytest.raises(ValueError, match=r"shape\[1\] <= 64"):
+        subquad.restore(fast)(long)

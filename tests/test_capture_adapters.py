@@ -139,6 +139,34 @@ def test_a_branch_on_values_is_captured_and_guarded() -> None:
         torch.testing.assert_close(fast(X, some), model(X, some))
 
 
+class Experts(TwoSpellings):
+    """A mixture of experts that loops over those some token chose, found by name, and moves a module to its own dtype."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleDict({f"expert_{n}": nn.Linear(32, 32) for n in range(4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        self.gate = self.gate.to(x.dtype)
+        chosen = F.one_hot(self.gate(x).argmax(-1), 4).permute(2, 0, 1)
+        y = torch.zeros_like(x)
+        for expert in torch.greater(chosen.sum((-1, -2)), 0).nonzero():
+            row, token = torch.where(chosen[expert].squeeze(0))
+            y[row, token] = self.experts[f"expert_{expert.item()}"](x[row, token])
+        return x + y
+
+
+def test_a_loop_over_the_experts_that_tokens_chose_is_captured_and_guarded() -> None:
+    fast, model = rewritten(Experts(), (X,)), Experts()
+    assert len(fast.report.sites) == 2
+    torch.testing.assert_close(fast(X), model(X))
+    with pytest.warns(UserWarning, match="branches on a value"):
+        torch.testing.assert_close(fast(-X), model(-X))
+
+
 class Sized(TwoSpellings):
     """A forward that is another function at other sizes."""
 
