@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import subquad
 from subquad.application import original_forward
 from subquad.site_oracle import allowed_error, relative_error, site_rungs
-from subquad.verification import _graph_output, end_to_end_rungs
+from subquad.verification import end_to_end_rungs, graph_output
 
 
 def prompts(count: int) -> list[str]:
@@ -63,7 +63,7 @@ def wide_window(directory: Path, dtype: torch.dtype, inputs: dict[str, torch.Ten
     with torch.no_grad(), original_forward(fast):
         before = fast(**inputs).logits
     keep = inputs["attention_mask"].bool()
-    own = relative_error(before[keep], _graph_output(record.original, inputs)[keep])
+    own = relative_error(before[keep], graph_output(record.original, inputs)[keep])
     allowed = allowed_error(own, dtype)
     name = str(dtype).removeprefix("torch.")
     what = f"lolcats, window {length} of {length} tokens, logits: {measured.detail}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -127,3 +129,22 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{name}_{key}", item)
     else:
         yield name, value
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def own_hooks(module: nn.Module) -> bool:
+    """True when the module itself, not one below it, has hooks on its forward."""
+    return any(module.__dict__[name] for name in HOOKS)
+
+
+@contextmanager
+def own_hooks_lifted(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module's own hooks do not run; they stay on its call, so its graph must not hold them too."""
+    kept = {name: module.__dict__[name] for name in HOOKS}
+    module.__dict__.update({name: OrderedDict() for name in HOOKS})
+    try:
+        yield
+    finally:
+        module.__dict__.update(kept)

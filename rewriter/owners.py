@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -15,6 +13,7 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from subquad.bound_forward import own_hooks_lifted
 from subquad.capture import Capture, ProgramModule, capture
 from subquad.equal_modules import Footprints, can_move, moved_capture
 from subquad.ir.errors import CaptureError
@@ -193,14 +192,15 @@ def _common(paths: list[str]) -> str:
 def _alone(root: nn.Module, owner: nn.Module, call: Call) -> tuple[Capture, list[Site]] | None:
     """A module's own graph and its sites; None where the graph would not be the module's in every call.
 
-    A number among the arguments may be a length, and a branch on values an accident of the example, which the graph would freeze; a forward already bound to the instance is
-    somebody else's; a constant that is a parameter of another module would not follow it.
+    A number among the arguments may be a length, and a branch on values an accident of the example, which the graph would
+    freeze; a forward already bound to the instance is somebody else's; a constant that is a parameter of another module would
+    not follow it.
     """
     leaves = pytree.tree_leaves(call)
     if "forward" in owner.__dict__ or any(not isinstance(x, torch.Tensor | bool | str | None) for x in leaves):
         return None
     try:
-        with _own_hooks_lifted(owner):
+        with own_hooks_lifted(owner):
             captured = capture(owner, call)
     except CaptureError:
         return None
@@ -240,15 +240,3 @@ def _borrows(captured: Capture, root: nn.Module) -> bool:
     held = {tensor.untyped_storage().data_ptr() for tensor in (*root.parameters(), *root.buffers())} - {0}
     constants = [x for name, x in captured.graph.named_buffers() if name.startswith(f"{CONSTANTS}.")]
     return any(constant.untyped_storage().data_ptr() in held for constant in constants)
-
-
-@contextmanager
-def _own_hooks_lifted(module: nn.Module) -> Iterator[None]:
-    """Inside the block the module's own hooks do not run; they stay on its call, so its graph must not hold them too."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = {name: module.__dict__[name] for name in names}
-    module.__dict__.update({name: OrderedDict() for name in names})
-    try:
-        yield
-    finally:
-        module.__dict__.update(kept)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from subquad.application import apply_plan, original_forward, restore, rewritten
+from subquad.bound_forward import own_hooks, own_hooks_lifted
 from subquad.capture import Capture, capture
 from subquad.fingerprint import fingerprint
 from subquad.ir.contract import Contract
@@ -73,7 +73,12 @@ def inspect(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> R
 def _captured_report(model: nn.Module | ExportedProgram, example_inputs: Any) -> tuple[Capture, Report]:
     report = Report()
     start = time.perf_counter()
-    with original_forward(model) if isinstance(model, nn.Module) else nullcontext():
+    if isinstance(model, nn.Module):
+        if own_hooks(model):
+            report.notes.append("the hooks of the whole model run around its forward and are no part of its graph or decoder")
+        with original_forward(model), own_hooks_lifted(model):
+            captured = capture(model, example_inputs)
+    else:
         captured = capture(model, example_inputs)
     report.seconds["capture"] = time.perf_counter() - start
     return captured, recognise(captured, report)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from subquad.application import Rewritten, original_forward, rewritten
+from subquad.bound_forward import own_hooks_lifted
 from subquad.captured import Capture
 from subquad.graph_copy import copy_capture
 from subquad.ir.contract import Contract
@@ -83,7 +84,7 @@ def _original_capture(record: Rewritten, original: nn.Module | None) -> Capture:
     return capture
 
 
-def _graph_output(capture: Capture, inputs: dict[str, torch.Tensor], double: bool = True) -> torch.Tensor:
+def graph_output(capture: Capture, inputs: dict[str, torch.Tensor], double: bool = True) -> torch.Tensor:
     """The first output of the captured graph, computed from what it depends on; double: in float64 throughout."""
     graph = capture.graph.graph
     tensors = {n: capture.known_tensors[n.name] for n in graph.nodes if n.name in capture.known_tensors}
@@ -122,8 +123,8 @@ def end_to_end_rungs(
         given = example_inputs if named else dict(zip(capture.inputs, example_inputs, strict=False))
         inputs.update({k: v for k, v in given.items() if k in capture.inputs and isinstance(v, torch.Tensor)})
     with torch.no_grad():
-        judge = _graph_output(capture, inputs, double=True)
-        replayed = _graph_output(capture, inputs, double=False)
+        judge = graph_output(capture, inputs, double=True)
+        replayed = graph_output(capture, inputs, double=False)
         after = _first_tensor(_call(root, record.original, inputs))
         with _as_original(root, original) as module:
             before = _first_tensor(_call(module, capture, inputs))
@@ -156,8 +157,8 @@ def _is_exact(record: Rewritten) -> bool:
 
 
 def _call(root: nn.Module, capture: Capture, inputs: dict[str, torch.Tensor]) -> Any:
-    """The outputs of one call, which leaves the inputs and the root's buffers as they are."""
-    with capture.state_kept():
+    """The outputs of one forward, which leaves the inputs and the root's buffers as they are; hooks of the root do not run."""
+    with capture.state_kept(), own_hooks_lifted(root):
         return capture.call(root, {name: value.clone() for name, value in inputs.items()})
 
 
