@@ -129,7 +129,7 @@ class _Run(ConcreteRun):
 
     def _laid_out(self, tensor: torch.Tensor, views: tuple[View, ...]) -> torch.Tensor:
         for view in views:
-            arguments_ = [
+            arguments_: list[Any] = [
                 [self.size(s) for s in value] if view.name == "unflatten" and isinstance(value, tuple) else value
                 for value in view.arguments
             ]
