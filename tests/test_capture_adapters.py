@@ -316,7 +316,10 @@ def _models() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["text", "sequence to sequence", "image", "features", "samples", "text and image"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("features", "samples", "text and image")]
+
+
+@pytest.mark.parametrize("kind", ["text", "sequence to sequence", "image", *SLOW])
 def test_hugging_face_models_of_every_kind_need_no_example(kind: str) -> None:
     torch.manual_seed(0)
     model = _models()[kind]().eval()
