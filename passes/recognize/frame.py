@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import sympy
@@ -18,6 +19,7 @@ DIM = sympy.Symbol("dim", integer=True, nonnegative=True)
 Indices = tuple[sympy.Basic, ...]
 
 
+@cache
 def digit(place: int) -> sympy.Symbol:
     """The index of a frame's axis."""
     return sympy.Symbol(f"a{place}", integer=True, nonnegative=True)
@@ -74,17 +76,7 @@ class Frame:
 
     def digits_of(self, index: sympy.Basic) -> tuple[int, ...] | None:
         """The axes that an index counts through, outermost first (a·n + b → a, b); None for any other formula."""
-        rest = sympy.expand(without_divisions(index, self.sizes))
-        found: list[int] = []
-        weight: sympy.Basic = sympy.S.One
-        while rest != 0:
-            place = next((n for n in range(len(self.shape)) if rest.coeff(digit(n)) == weight), None)
-            if place is None or place in found:
-                return None
-            found.insert(0, place)
-            rest = sympy.expand(rest - weight * digit(place))
-            weight = sympy.expand(weight * self.sizes[digit(place)])
-        return tuple(found)
+        return _digits_of(index, tuple(self.sizes.values()))
 
     def traced(self, here: IndexMap) -> IndexMap | None:
         """One step back through a view, with the divisions that the axes' sizes decide carried out."""
@@ -235,6 +227,21 @@ class Frame:
         return simple and all(
             index == (0 if is_one(self.shape[n]) else digit(n)) for index, n in zip(place, expected, strict=False)
         )
+
+
+@lru_cache(maxsize=4096)
+def _digits_of(index: sympy.Basic, sizes: Indices) -> tuple[int, ...] | None:
+    rest = sympy.expand(without_divisions(index, {digit(n): size for n, size in enumerate(sizes)}))
+    found: list[int] = []
+    weight: sympy.Basic = sympy.S.One
+    while rest != 0:
+        place = next((n for n in range(len(sizes)) if rest.coeff(digit(n)) == weight), None)
+        if place is None or place in found:
+            return None
+        found.insert(0, place)
+        rest = sympy.expand(rest - weight * digit(place))
+        weight = sympy.expand(weight * sizes[place])
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -113,34 +114,40 @@ def _expand(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices |
 
 def _view(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
     """Both shapes hold the same elements in the same order: equal groups of axes share one flat index."""
+    formulas = _regrouped(tuple(map(size_of, base)), tuple(map(size_of, out)))
+    back = {_mark(n): index for n, index in enumerate(i)}
+    return tuple(formula.xreplace(back) for formula in formulas)
+
+
+def _mark(place: int) -> sympy.Symbol:
+    return sympy.Symbol(f"x{place}", integer=True, nonnegative=True)
+
+
+@lru_cache(maxsize=1024)
+def _regrouped(base: Indices, out: Indices) -> Indices:
+    """Formulas of the indices of a tensor of sizes `base` from those, named by _mark, of a view of sizes `out`."""
     result: list[sympy.Basic] = [sympy.S.Zero] * len(base)
     for left, right in _groups(base, out):
         if not left:
             continue
-        if len(left) == len(right) == 1:
-            result[left[0]] = i[right[0]]
-            continue
-        digits = {n: sympy.Dummy(f"x{n}", integer=True, nonnegative=True) for n in right}
-        sizes = {digits[n]: size_of(out[n]) for n in right}
+        sizes = {_mark(n): out[n] for n in right}
         rest: sympy.Basic = sympy.S.Zero
         for n in right:
-            rest = rest * size_of(out[n]) + digits[n]
-        back = {digits[n]: i[n] for n in right}
+            rest = rest * out[n] + _mark(n)
         for n in reversed(left[1:]):
-            rest, inner = quotient_and_rest(rest, size_of(base[n]), sizes)
-            result[n] = inner.xreplace(back)
-        result[left[0]] = rest.xreplace(back)
+            rest, result[n] = quotient_and_rest(rest, base[n], sizes)
+        result[left[0]] = rest
     return tuple(result)
 
 
-def _groups(base: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
+def _groups(base: Indices, out: Indices) -> list[tuple[list[int], list[int]]]:
     """Axes of two layouts of the same elements, split into groups of equal product.
 
     Axes of size one hold no index and are left out.  What cannot be split, because sizes cannot be compared, is one group
     between the equal axes at both ends.
     """
-    left = [n for n, size in enumerate(base) if not is_one(size)]
-    right = [n for n, size in enumerate(out) if not is_one(size)]
+    left = [n for n, size in enumerate(base) if size != 1]
+    right = [n for n, size in enumerate(out) if size != 1]
     first: list[tuple[list[int], list[int]]] = []
     last: list[tuple[list[int], list[int]]] = []
     while left and right and _equal(base[left[0]], out[right[0]]):
@@ -150,7 +157,7 @@ def _groups(base: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
     return [*first, *_middle(left, right, base, out), *last]
 
 
-def _middle(left: list[int], right: list[int], base: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
+def _middle(left: list[int], right: list[int], base: Indices, out: Indices) -> list[tuple[list[int], list[int]]]:
     """The shortest leading axes with equal products form a group, and so on."""
     groups: list[tuple[list[int], list[int]]] = []
     begun, taken = 0, 0
@@ -171,12 +178,12 @@ def _middle(left: list[int], right: list[int], base: Shape, out: Shape) -> list[
     return groups
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return bool(sympy.expand(size_of(a) - size_of(b)) == 0)
+def _equal(a: sympy.Basic, b: sympy.Basic) -> bool:
+    return a == b or bool(sympy.expand(a - b) == 0)
 
 
-def _product(shape: Shape, places: list[int]) -> sympy.Basic:
-    return sympy.expand(sympy.prod(size_of(shape[n]) for n in places))
+def _product(shape: Indices, places: list[int]) -> sympy.Basic:
+    return sympy.expand(sympy.prod(shape[n] for n in places))
 
 
 def _flatten(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:

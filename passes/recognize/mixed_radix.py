@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv as SizeDiv
@@ -19,15 +20,22 @@ def without_divisions(expression: sympy.Basic, sizes: Sizes) -> sympy.Basic:
     """
     if not expression.atoms(FloorDiv, sympy.Mod):
         return expression
+    return _undivided(expression, tuple(sizes.items()))
+
+
+@lru_cache(maxsize=4096)
+def _undivided(expression: sympy.Basic, sizes: tuple[tuple[sympy.Symbol, sympy.Basic], ...]) -> sympy.Basic:
+    if not expression.atoms(FloorDiv, sympy.Mod):
+        return expression
     named = {size: _name(size) for size in expression.atoms(SizeDiv)}
-    named.update({part: _name(part) for size in sizes.values() for part in size.atoms(SizeDiv)})
+    named.update({part: _name(part) for _, size in sizes for part in size.atoms(SizeDiv)})
     if named:
-        plain = {digit: size.xreplace(named) for digit, size in sizes.items()}
-        return without_divisions(expression.xreplace(named), plain).xreplace({v: k for k, v in named.items()})
-    changed = expression.func(*(without_divisions(part, sizes) for part in expression.args))
+        plain = tuple((digit, size.xreplace(named)) for digit, size in sizes)
+        return _undivided(expression.xreplace(named), plain).xreplace({v: k for k, v in named.items()})
+    changed = expression.func(*(_undivided(part, sizes) for part in expression.args))
     if isinstance(changed, FloorDiv | sympy.Mod):
         number, by = changed.args
-        quotient, rest = quotient_and_rest(number, by, sizes)
+        quotient, rest = quotient_and_rest(number, by, dict(sizes))
         return quotient if isinstance(changed, FloorDiv) else rest
     return changed
 
@@ -48,7 +56,7 @@ def quotient_and_rest(number: sympy.Basic, by: sympy.Basic, sizes: Sizes) -> tup
             continue
         high, low = _multiples(rest, scale)
         if low == 0 or _below(low, scale, sizes):
-            quotient, remainder = quotient_and_rest(high, sympy.cancel(by / scale), sizes)
+            quotient, remainder = quotient_and_rest(high, by / scale, sizes)
             return whole + quotient, sympy.expand(scale * remainder) + low
     return whole + FloorDiv(rest, by), sympy.Mod(rest, by)
 
@@ -58,13 +66,12 @@ def _multiples(number: sympy.Basic, by: sympy.Basic) -> tuple[sympy.Basic, sympy
     whole: list[sympy.Basic] = []
     rest: list[sympy.Basic] = []
     for term in sympy.Add.make_args(sympy.expand(number)):
-        quotient = sympy.cancel(term / by) if by != 1 else term
+        quotient = term / by
         (whole if _is_whole(quotient) else rest).append(quotient if _is_whole(quotient) else term)
     return sympy.Add(*whole), sympy.Add(*rest)
 
 
 def _is_whole(quotient: sympy.Basic) -> bool:
-    quotient = sympy.cancel(quotient)
     return bool(quotient.is_integer) and bool(quotient.is_polynomial())
 
 
