@@ -141,7 +141,7 @@ SCORE_CHANGES = {
     "prefix of 3": (
         lambda s: torch.where(
             (_index(s.shape[-1])[None, :] <= _index(s.shape[-2])[:, None]) | (_index(s.shape[-1])[None, :] < 3), s, float("-inf"),
-        ), "((kv < 3) | (kv <= q))",
+        ), "prefix(3)",
     ),
     "anti-causal": (
         lambda s: torch.where(_index(s.shape[-1])[None, :] >= _index(s.shape[-2])[:, None], s, float("-inf")), "window(1)",
