@@ -34,8 +34,8 @@ def site_words(site: Site) -> dict[str, Any]:
 
 
 def refusal_words(report: Report) -> list[tuple[str, str]]:
-    """Reason and source line of each softmax or attention call that is refused."""
-    return [(r.reason, short(r.source)) for r in report.refusals if r.what in ("softmax", "attention")]
+    """Reason and source line of each softmax or attention call that is refused; not that a graph has none."""
+    return [(r.reason, short(r.source)) for r in report.refusals if r.what in ("softmax", "attention") and r.source]
 
 
 def through_dynamo(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Site], list[tuple[str, str]], int, Any]:
