@@ -217,22 +217,36 @@ def _why_no_product(node: Node) -> str:
     """Look further up for what the softmax is taken of."""
     name = kind(node) or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
     source = node
-    while kind(source) in VIEWS | PICKED and isinstance(source.args[0], Node):
+    while (kind(source) in VIEWS | PICKED or _is_scatter(source)) and isinstance(source.args[0], Node):
         source = source.args[0]
-    if kind(source) in ("linear", "addmm") or (kind(source) in PRODUCTS and not is_score_product(source)):
-        return PROJECTION
     frontier, seen = [node], {node}
     for here in frontier:
         if here is not node and is_score_product(here):
             return f"`{name}` between the product of queries and keys and the softmax is not understood"
-        if len(seen) < FURTHEST:
+        if len(seen) < FURTHEST and (not _projects(here) or (here is source and _convolves(here))):
             new = [n for n in here.all_input_nodes if n not in seen]
             seen.update(new)
             frontier.extend(new)
+    if _projects(source):
+        return PROJECTION
     return f"no product of queries and keys feeds the softmax: the walk up ended at `{name}`"
 
 
-PICKED = frozenset(["slice", "select", "getitem", "topk", "cast", "unbind"])
+def _projects(node: Node) -> bool:
+    if kind(node) in PRODUCTS:
+        return not is_score_product(node)
+    return kind(node) in ("linear", "addmm") or _convolves(node)
+
+
+def _convolves(node: Node) -> bool:
+    return node.op == "call_function" and "conv" in str(getattr(node.target, "__name__", ""))
+
+
+def _is_scatter(node: Node) -> bool:
+    return "scatter" in str(node.target) and node.op != "placeholder"
+
+
+PICKED = frozenset(["slice", "select", "getitem", "topk", "cast", "unbind", "masked_fill"])
 FURTHEST = 24
 PROJECTION = (
     "the softmax is taken of a projection by a weight, not of a product of queries and keys: "

@@ -23,7 +23,7 @@ from subquad.passes.recognize.scores import Scores
 
 Node = torch.fx.Node
 SIZES = ((2, 7), (3, 12))
-LOWEST = -1e8
+LOWEST = -3e4
 
 
 class MaskCheck:

@@ -9,7 +9,7 @@ import sympy
 import torch
 import torch.fx
 
-from subquad.ir.graph import shape_of, value_of
+from subquad.ir.graph import dtype_of, shape_of, value_of
 from subquad.ir.mask import Where
 from subquad.ir.site import Bias, Gain, ScoreTensor
 from subquad.ir.vocabulary import arguments, kind
@@ -118,7 +118,7 @@ class ScoreReader:
             if here in self.places:
                 raise NotAttention("the scores meet a tensor that is computed from them", node, "depends-on-scores")
             seen.add(here)
-            stack.extend(here.all_input_nodes)
+            stack.extend(_contents(here))
 
     def element(self, value: Any, node: Node) -> sympy.Basic:
         """The formula, in the indices of `node`, of an argument that is broadcast to it."""
@@ -223,7 +223,7 @@ class ScoreReader:
             if a["b"] is before:
                 fill, hidden_when = a["a"], True
         value = self.number(fill)
-        if value is None or value > -1e9:
+        if value is None or value > _lowest(before):
             what = "a tensor" if value is None else value
             raise NotAttention(
                 f"hidden scores are filled with {what}, which is not low enough to hide a key", node, "soft-fill"
@@ -313,11 +313,28 @@ class ScoreReader:
         return source, views
 
 
+SHAPES = frozenset(["sym_size", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"])
+
+
+def _contents(node: Node) -> list[Node]:
+    """The inputs of an operation that it reads more of than their shapes and dtypes."""
+    if kind(node) in SHAPES:
+        return []
+    if kind(node) in ("expand_as", "cast", "view"):
+        return [x for x in node.args[:1] if isinstance(x, Node)]
+    return node.all_input_nodes
+
+
 def is_lifted(value: Node) -> bool:
     """True for a Python number that Dynamo made an input: to read it makes Dynamo compile again when it changes."""
     while value.op == "call_method" and value.target == "item":
         value = value.args[0]  # type: ignore[assignment]
     return value.op == "placeholder" and "grapharg" in value.meta
+
+
+def _lowest(scores: Node) -> float:
+    """What hides a key when it stands in the place of a score: far below any, or the least number of half precision."""
+    return float(torch.finfo(torch.float16).min) if dtype_of(scores) == torch.float16 else -1e9
 
 
 def one_where(factor: sympy.Basic) -> sympy.Basic | None:
