@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv as SizeDiv
 
 from subquad.ir.mask import Where
 from subquad.passes.recognize.mask_arithmetic import is_integer, number
@@ -58,10 +59,22 @@ def is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+@lru_cache(maxsize=128)
+def settled(size: sympy.Basic, environment: Any) -> sympy.Basic:
+    """A size with every quotient replaced by a number where the capture proved that it is that number."""
+    known = {}
+    for quotient in size.atoms(SizeDiv):
+        hint = environment.size_hint(quotient, allow_none=True)
+        if hint is not None and environment._maybe_evaluate_static(sympy.Eq(quotient, hint)) == sympy.true:
+            known[quotient] = sympy.Integer(int(hint))
+    return size.xreplace(known)
+
+
 def size_of(value: Any) -> sympy.Basic:
     """A size or integer argument as a sympy expression."""
     if isinstance(value, torch.SymInt):
-        return value.node.expr
+        expression = value.node.expr
+        return settled(expression, value.node.shape_env) if expression.has(SizeDiv) else expression
     if isinstance(value, (bool, int)):
         return sympy.Integer(int(value))
     if isinstance(value, float):
