@@ -67,5 +67,5 @@ def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
         site, q=operand(site.q), k=operand(site.k), v=operand(site.v), out=mapping[site.out], mask=moved,
         biases=tuple(over_scores(b) for b in site.biases), gain=over_scores(site.gain), sinks=over_scores(site.sinks),
         absorbed=tuple(mapping[n] for n in site.absorbed),
-        mask_sources=tuple(mapping[n] for n in site.mask_sources),
+        mask_sources=tuple(mapping[n] for n in site.mask_sources), provenance=None,
     )  # fmt: skip
