@@ -14,7 +14,7 @@ from subquad.capture import Capture
 from subquad.emission import emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
-from subquad.ir.errors import CaptureError, PassError
+from subquad.ir.errors import CaptureError, PassError, first_line
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
@@ -23,8 +23,10 @@ from subquad.passes.canonicalize.autocast import without_idle_autocast
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.mapped import vmap_written_out
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
+from subquad.passes.canonicalize.torch_layers import kept_layers, layers_written_out
 from subquad.pipeline import applied_entry, choose, is_selected
 from subquad.recognition import recognise
 
@@ -58,12 +60,37 @@ def compile_graph(
             raise PassError(
                 f"{chosen.name} learns parameters, which a compiled function cannot keep; use subquad.rewrite first."
             )
-    rewritten, report = rewrite_dynamo_graph(graph, example_inputs, passes, options.get("where"))
+    rewritten, report = _rewritten(graph, example_inputs, passes, options.get("where"))
     reports.append(report)
     del reports[:-KEEP]
     inner = lookup_backend(options.get("inner", "inductor"))
-    compiled: Callable[..., Any] = inner(rewritten, list(example_inputs))
+    compiled: Callable[..., Any]
+    try:
+        compiled = inner(rewritten, list(example_inputs))
+    except Exception as error:
+        if rewritten is graph:
+            raise
+        log.exception("the inner backend does not compile the rewritten graph; it compiles the original one")
+        report.applied = []
+        report.rolled_back = [
+            Refusal("", "graph", f"the inner backend does not compile it rewritten: {first_line(error)}.")
+        ]
+        compiled = inner(graph, list(example_inputs))
     return compiled
+
+
+def _rewritten(
+    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite] | None, where: str | None
+) -> tuple[torch.fx.GraphModule, Report]:
+    """The rewritten graph, or the graph itself and why, whatever goes wrong: what a user compiles has to run."""
+    try:
+        return rewrite_dynamo_graph(graph, example_inputs, passes, where)
+    except PassError:
+        raise
+    except Exception as error:
+        log.exception("subquad leaves a graph as it is, because of an error of its own")
+        reason = f"subquad failed on it ({type(error).__name__}: {first_line(error)}), so it is compiled as it was."
+        return graph, Report(refusals=[Refusal("", "graph", reason)])
 
 
 def rewrite_dynamo_graph(
@@ -90,7 +117,7 @@ def rewrite_dynamo_graph(
         {},
         known_tensors=_fixed(placeholders, example_inputs),
     )
-    report = recognise(capture, Report())
+    report = recognise(capture, Report(refusals=kept_layers(graph)))
     copied, mapping = copy_capture(capture)
     sites = [site for site in report.sites if where is None or is_selected(site.path, where)]
     for site, chosen in choose(passes, sites, report):
@@ -111,7 +138,8 @@ def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise CaptureError("the graph runs under autocast, which changes dtypes inside it; convert the model instead.")
-    made = functional(without_idle_autocast(inlined(flex_written_out(graph), torch.is_grad_enabled())))
+    made = vmap_written_out(inlined(flex_written_out(graph), torch.is_grad_enabled()))
+    made = functional(without_idle_autocast(layers_written_out(made)))
     if made is graph:
         copied = torch.fx.Graph()
         copied.output(copied.graph_copy(graph.graph, {}))

@@ -22,6 +22,7 @@ from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
+from subquad.passes.canonicalize.torch_layers import layers_written_out
 
 CONSTANTS = "_subquad_constants"
 """Attribute of a lifted graph that holds constants of the program that are no parameter of the model."""
@@ -84,7 +85,7 @@ def from_exported_program(
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     example = dict(zip(inputs, tensors, strict=False))
     try:
-        module = functional(inlined(flex_written_out(module), training=False))
+        module = functional(layers_written_out(inlined(flex_written_out(module), training=False)))
     except CaptureError as refused:
         plain = functional_program(program)
         if plain is program:
