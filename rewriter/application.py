@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
 from subquad.owners import owned_captures
-from subquad.replacement import Replacement, learned_tensors, replacement, rewritten_capture
+from subquad.replacement import Replacement, learned_tensors, module_of_site, replacement, rewritten_capture
 
 STATE = "_subquad"
 """Instance attribute of a rewritten module that holds its Rewritten record."""
@@ -78,7 +79,8 @@ def apply_plan(capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, 
     root = capture.root
     replacements = tuple(replacement(root, site, rewrite) for site, rewrite in steps)
     applied = rewritten_capture(capture, replacements)
-    bound = {} if _has_seam(root, replacements) else owned_captures(capture, replacements, applied)
+    seam = _has_seam(root, replacements) and _all_dispatched(capture, report)
+    bound = {} if seam else owned_captures(capture, replacements, applied)
     record = Rewritten(capture, applied, replacements, plan, report, bound)
     record.redo = lambda: _bind(root, record)
     record.undo = record.redo()
@@ -127,6 +129,20 @@ def _has_seam(root: nn.Module, replacements: tuple[Replacement, ...]) -> bool:
     ):
         return False
     return bool(type(root)._can_set_attn_implementation())  # type: ignore[attr-defined]
+
+
+def _all_dispatched(capture: Capture, report: Report) -> bool:
+    """True when each attention of the model, rewritten or not, reaches the registry once per site and no other does."""
+    from subquad.runtime.hf_seam import dispatched
+
+    refused = [refusal.path for refusal in report.refusals if refusal.kind != "projection"]
+    expected = Counter(module_of_site(path) for path in (*(site.path for site in report.sites), *refused))
+
+    def run() -> None:
+        with torch.no_grad(), capture.state_kept():
+            capture.call(capture.root, {name: value.clone() for name, value in capture.example.items()})
+
+    return dispatched(capture.root, run) == expected
 
 
 def restore(model: nn.Module) -> nn.Module:

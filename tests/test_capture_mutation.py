@@ -51,6 +51,12 @@ def mask_as_a_statement(scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
+def best_renormalised(scores: torch.Tensor) -> torch.Tensor:
+    best, places = torch.topk(scores, 2, -1)
+    best /= best.sum(-1, keepdim=True)
+    return scores + best[..., :1] + places[..., :1]
+
+
 def augmented(scores: torch.Tensor) -> torch.Tensor:
     view = scores[:, :, 1:]
     scores -= 1.0
@@ -116,7 +122,7 @@ def narrower(scores: torch.Tensor) -> torch.Tensor:
 
 
 WRITES = [bias_written_through_views, mask_as_a_statement, augmented, indexed, by_mask, transposed_view, parts, flat_view,
-          copied, functions, narrower]  # fmt: skip
+          copied, functions, narrower, best_renormalised]  # fmt: skip
 
 
 def _written(module: torch.fx.GraphModule) -> list[torch.fx.Node]:

@@ -196,3 +196,22 @@ def test_sites_inside_one_another_share_the_outer_owner() -> None:
     assert bound(fast) == ["0"]
     names = [str(node.target) for node in rewritten(fast).bound["0"].graph.graph.nodes]
     assert sum("subquad.softmax_attention" in name for name in names) == 2
+
+
+def test_attention_that_goes_past_the_registry_keeps_its_own_masks() -> None:
+    """BigBirdPegasus's encoder adds the mask that Hugging Face built, which the registry's masks would make boolean."""
+    from transformers import BigBirdPegasusConfig, BigBirdPegasusForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "vocab_size": 64, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BigBirdPegasusConfig(**sizes, **layers, attention_type="original_full", attn_implementation="eager")
+    model = BigBirdPegasusForConditionalGeneration(config).eval()
+    ids, padded = torch.randint(3, 64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    padded[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": padded, "decoder_input_ids": ids, "use_cache": False}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        subquad.rewrite(model, passes=["fuse"], example_inputs=inputs | {"attention_mask": torch.ones_like(padded)})
+        after = model(**inputs).logits
+    assert torch.allclose(after, before, atol=1e-5)

@@ -6,6 +6,7 @@ exported programs. Which nodes share memory is read off the fake values recorded
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class _Functional:
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.graph = graph
         self.attributes: dict[Any, Node] = {}
+        self.pieces: dict[tuple[Any, Any], Node] = {}
         self.root: dict[Node, Node] = {}
         self.parent: dict[Node, Node] = {}
         self.whole: set[Node] = set()
@@ -127,6 +129,12 @@ class _Functional:
             self._alias(node, self.attributes[node.target])
             return
         args, kwargs = self.arguments[node]
+        if self._is_fresh_result(node):
+            first = self.pieces.setdefault((args[0], args[1]), node)
+            if first is not node:
+                self._alias(node, first)
+                return
+            args, kwargs = (), {}
         for given in node_inputs((list(args), dict(kwargs))):
             if keys & _storages(value_of(given)) and given in self.root:
                 self.parent[node] = given
@@ -134,6 +142,13 @@ class _Functional:
                 self.current[node] = self.version[root], node
                 return
         self.root[node], self.version[node], self.current[node] = node, 0, (0, node)
+
+    def _is_fresh_result(self, node: Node) -> bool:
+        """True for one of several results of an operation that shares memory with none of its inputs, as topk's values."""
+        source = self.arguments[node][0][0] if node.target is operator.getitem else None
+        return (
+            isinstance(source, Node) and isinstance(value_of(source), tuple | list) and self.root.get(source) is source
+        )
 
     def _alias(self, node: Node, target: Node) -> None:
         """The node of a write returns the tensor it wrote."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -132,6 +133,29 @@ def detach(model: nn.Module) -> None:
     model.set_attn_implementation(model.__dict__.pop(PREVIOUS))  # type: ignore[operator]
 
 
+def dispatched(model: nn.Module, run: Callable[[], Any]) -> Counter[str]:
+    """How often each module reaches the attention registry while `run` calls the model.
+
+    The masks are ours meanwhile, so an attention that takes its mask past the registry may make the call fail; what was
+    reached until then is returned.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    _reached.append([])
+    attach(model, {})
+    try:
+        run()
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        pass
+    finally:
+        detach(model)
+        reached = _reached.pop()
+    return Counter(names[module] for module in reached if module in names)
+
+
+_reached: list[list[nn.Module]] = []
+"""One list for each `dispatched` under way."""
+
+
 class _CachePreparation:
     """`generate` prepares its cache as always; then linearized layers get theirs."""
 
@@ -189,6 +213,8 @@ def attention(
 
     A module that was not rewritten, or active dropout, runs the implementation the model had before, with its own mask.
     """
+    for reached in _reached:
+        reached.append(module)
     site: SeamSite | None = module.__dict__.get(SITE)
     call: MaskCall | None = getattr(attention_mask, MASK, None)
     if site is None or site.operator == "original" or dropout > 0:
