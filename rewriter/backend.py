@@ -23,6 +23,7 @@ from subquad.passes.canonicalize.autocast import without_idle_autocast
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.lifted_numbers import read_lifted_numbers
 from subquad.passes.canonicalize.mapped import vmap_written_out
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
@@ -144,6 +145,7 @@ def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         copied = torch.fx.Graph()
         copied.output(copied.graph_copy(graph.graph, {}))
         made = torch.fx.GraphModule(graph, copied)
+    read_lifted_numbers(made)
     without_empty_parts(made)
     tidy(made)
     return made
