@@ -36,9 +36,8 @@ def copy_capture(capture: Capture, convert: Callable[[Any], Any] = _same) -> tup
         hang(attributes, name, convert(parameter))
     for name, buffer in capture.graph.named_buffers(remove_duplicate=False):
         hang(attributes, name, convert(buffer))
-    for name, child in capture.graph.named_modules():
-        if any(n.op == "call_module" and n.target == name for n in graph.nodes):
-            hang(attributes, name, convert(child))
+    for name in {str(n.target) for n in graph.nodes if n.op == "call_module"}:
+        hang(attributes, name, convert(capture.graph.get_submodule(name)))
     for node in graph.nodes:
         region = attribute(capture.graph, str(node.target)) if node.op == "get_attr" else None
         if isinstance(region, torch.nn.Module):

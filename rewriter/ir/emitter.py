@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx
@@ -49,12 +50,29 @@ class Emitter:
             if key in self.before.meta:
                 node.meta[key] = self.before.meta[key]
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+        key = (node.op, str(node.target), *node.kwargs, *map(_key, torch.utils._pytree.tree_leaves((args, kwargs))))
+        known = _values.setdefault(self.mode, {}) if self.mode is not None else {}
+        if key not in known:
+            known[key] = self._run(run, args, kwargs)
+        node.meta["val"] = known[key]
+        return node
+
+    def _run(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             with self.mode if self.mode is not None else nullcontext(), torch.no_grad():
-                node.meta["val"] = run(*args, **kwargs)
+                return run(*args, **kwargs)
         except Exception:
-            node.meta["val"] = None
-        return node
+            return None
+
+
+_values: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+"""By fake mode, the values of operations already inserted: equal layers insert equal ones."""
+
+
+def _key(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    return str(value.shape), str(value.stride()), value.dtype, value.device
 
 
 def _mode_of(values: Any) -> Any:
