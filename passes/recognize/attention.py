@@ -28,7 +28,7 @@ from subquad.passes.recognize.operands import Peeled, alike, peel, size_of_axes
 from subquad.passes.recognize.product import Product
 from subquad.passes.recognize.provenance import ProvenanceReader
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, read_scores
+from subquad.passes.recognize.score_chain import ScoreReader, constant_of, drops_out, read_scores
 from subquad.passes.recognize.scores import LOW, MaskSource, Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, is_one, visible
 from subquad.passes.recognize.weighting import read_weighting
@@ -98,7 +98,7 @@ class _Finder:
     def _from_sdpa(self, node: Node) -> Site:
         a = arguments(node)
         q, k, v = a["q"], a["k"], a["v"]
-        if isinstance(a["dropout"], (int, float)) and a["dropout"] > 0:
+        if drops_out({"p": a["dropout"], "train": True}):
             raise NotAttention(DROPOUT, node, "dropout")
         frame, product = _sdpa_frame(node, q, k, v, a["enable_gqa"])
         place = digits(frame.shape)
@@ -112,7 +112,9 @@ class _Finder:
             node,
         )
         head_dim = self._static(size_of_axes(q_read.operand, 3), node)
-        scale = float(a["scale"]) if a["scale"] is not None else 1 / math.sqrt(head_dim)
+        scale = 1 / math.sqrt(head_dim) if a["scale"] is None else constant_of(a["scale"], self.algebra)
+        if scale is None:
+            raise NotAttention("the scale of scaled_dot_product_attention is not one fixed number", node, "scale")
         words = [f"scaled_dot_product_attention, scale {scale:g}"]
         scores = Scores(node, scale, passed=(node,), words=tuple(words))
         empty: EmptyRows = "zero"

@@ -59,12 +59,19 @@ def is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def _hint(size: sympy.Basic, environment: Any) -> int | None:
+    try:
+        return int(environment.guarding_hint_or_throw(size))
+    except Exception:  # the size depends on data, or this torch has no such method
+        return None
+
+
 @lru_cache(maxsize=128)
 def settled(size: sympy.Basic, environment: Any) -> sympy.Basic:
     """A size with every quotient replaced by a number where the capture proved that it is that number."""
     known = {}
     for quotient in size.atoms(SizeDiv):
-        hint = environment.size_hint(quotient, allow_none=True)
+        hint = _hint(quotient, environment)
         if hint is not None and environment._maybe_evaluate_static(sympy.Eq(quotient, hint)) == sympy.true:
             known[quotient] = sympy.Integer(int(hint))
     return size.xreplace(known)
