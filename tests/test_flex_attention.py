@@ -68,7 +68,9 @@ def through_dynamo(model: nn.Module) -> tuple[torch.Tensor, Report]:
     return torch.compile(model, backend=backend)(*operands()), reports[0]
 
 
-@pytest.mark.parametrize("model, softcap, biases", [(Biased(), 30.0, 1), (Causal(), None, 0)], ids=["biased", "causal"])
+@pytest.mark.parametrize(
+    ("model", "softcap", "biases"), [(Biased(), 30.0, 1), (Causal(), None, 0)], ids=["biased", "causal"]
+)
 def test_a_flex_attention_is_a_site_with_a_proved_mask(model: nn.Module, softcap: float | None, biases: int) -> None:
     expected = model(*operands())
     out, report = through_dynamo(model)

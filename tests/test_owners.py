@@ -203,7 +203,13 @@ def test_attention_that_goes_past_the_registry_keeps_its_own_masks() -> None:
     from transformers import BigBirdPegasusConfig, BigBirdPegasusForConditionalGeneration
 
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "vocab_size": 64, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
+    sizes = {
+        "d_model": 32,
+        "vocab_size": 64,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 64,
+    }
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = BigBirdPegasusConfig(**sizes, **layers, attention_type="original_full", attn_implementation="eager")
     model = BigBirdPegasusForConditionalGeneration(config).eval()

@@ -89,8 +89,9 @@ def why_kept(module: torch.fx.GraphModule, node: Node) -> str:
 def _parts(module: torch.fx.GraphModule, node: Node) -> dict[str, Any]:
     """The operator's arguments by name; mask_mod is the last of the block mask."""
     names = ("q", "k", "v", "score_mod", "block_mask", "scale", "options", "score_buffers", "mask_buffers")
-    found = dict(zip(names, node.args, strict=False)) | {"score_buffers": (), "mask_buffers": ()} | dict(node.kwargs)
+    found: dict[str, Any] = {"score_buffers": (), "mask_buffers": ()}
     found.update(zip(names, node.args, strict=False))
+    found.update(node.kwargs)
     for name, holder in (("score_mod", found["score_mod"]), ("mask_mod", found["block_mask"][-1])):
         found[name] = module.get_submodule(str(holder.target))
     return found

@@ -72,15 +72,16 @@ def decomposed_nan_to_num(probabilities: Node) -> tuple[Node, ...]:
     here, passed, zeroed = probabilities, list[Node](), False
     while True:
         for user in here.users:
-            a = arguments(user) if kind(user) == "where" else {"b": None}
-            if a["b"] is not here or here is a["cond"]:
+            a = arguments(user) if kind(user) == "where" else {"b": None, "cond": None}
+            test: Any = a["cond"]
+            if a["b"] is not here or kind(test) not in ("isnan", "eq"):
                 continue
-            test = arguments(a["cond"]) if kind(a["cond"]) in ("isnan", "eq") else {}
-            if kind(a["cond"]) == "isnan" and test["x"] is probabilities and _is_zero(a["a"]):
+            condition, test = test, arguments(test)
+            if kind(condition) == "isnan" and test["x"] is probabilities and _is_zero(a["a"]):
                 zeroed = True
             elif test.get("a") is not probabilities or test.get("b") not in (float("inf"), float("-inf")):
                 continue
-            passed += [a["cond"], user]
+            passed += [condition, user]
             here = user
             break
         else:

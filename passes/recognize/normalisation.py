@@ -93,14 +93,13 @@ def _log_sum_exp_axis(value: Any, x: Any) -> int | None:
     a = arguments(value)
     log, top = (a["a"], a["b"]) if kind(_behind(a["a"], VIEWS)) == "log" else (a["b"], a["a"])
     log = _behind(log, VIEWS)
-    total = arguments(log)["x"] if kind(log) == "log" else None
-    exponential = arguments(total)["x"] if kind(total) == "sum" else None
-    shifted = arguments(exponential)["x"] if kind(exponential) == "exp" else None
+    inside = _inside(log, "log")
+    shifted = _inside(_inside(inside, "sum"), "exp")
     if kind(shifted) != "sub" or arguments(shifted)["a"] is not x:
         return None
     if _behind(arguments(shifted)["b"], VIEWS) is not _behind(top, VIEWS):
         return None
-    dim = _one(arguments(total)["dim"])
+    dim = _one(arguments(inside)["dim"])
     return dim if dim is not None and is_one((shape_of(value) or ())[dim]) else None
 
 
@@ -216,9 +215,13 @@ def _normalised(node: Node, exponential: Node, total: _Sum) -> Normalised:
 
 
 def _is_exp_of_minus(value: Any, shift: Any) -> bool:
-    value = _behind(value, SAME)
-    inner = _behind(arguments(value)["x"], SAME) if kind(value) == "exp" else None
-    return kind(inner) == "neg" and arguments(inner)["x"] is shift
+    inner = _behind(_inside(_behind(value, SAME), "exp"), SAME)
+    return shift is not None and _inside(inner, "neg") is shift
+
+
+def _inside(node: Any, name: str) -> Any:
+    """The argument of an operation of one kind; None for any other."""
+    return arguments(node)["x"] if kind(node) == name else None
 
 
 def _spine(value: Any) -> tuple[Node, ...]:

@@ -90,9 +90,8 @@ class ScoreReader:
     def masked(self, scores: Scores, node: Node, place: Indices) -> Scores:
         """The scores of exponentials, at `place` like the scores, that a product or a fill with zero hides keys of."""
         a = arguments(node)
-        self.places.update(
-            {node: place} | {side: place for side in (a.get("x"), a.get("a"), a.get("b")) if leads_to_exp(side)}
-        )
+        sides = [side for side in (a.get("x"), a.get("a"), a.get("b")) if leads_to_exp(side)]
+        self.places.update({side: place for side in sides if isinstance(side, Node)} | {node: place})
         if kind(node) in ("masked_fill", "where"):
             kept = kind(node) == "where" and leads_to_exp(a["a"])
             source, value = (a["mask"], a["value"]) if "mask" in a else (a["cond"], a["b"] if kept else a["a"])

@@ -50,11 +50,12 @@ class Emitter:
             if key in self.before.meta:
                 node.meta[key] = self.before.meta[key]
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
-        key = (node.op, str(node.target), *node.kwargs, *map(_key, torch.utils._pytree.tree_leaves((args, kwargs))))
+        leaves = tuple(_key(leaf) for leaf in torch.utils._pytree.tree_leaves((args, kwargs)))
+        operation = node.op, str(node.target), *node.kwargs, *leaves
         known = _values.setdefault(self.mode, {}) if self.mode is not None else {}
-        if key not in known:
-            known[key] = self._run(run, args, kwargs)
-        node.meta["val"] = known[key]
+        if operation not in known:
+            known[operation] = self._run(run, args, kwargs)
+        node.meta["val"] = known[operation]
         return node
 
     def _run(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:

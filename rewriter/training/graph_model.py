@@ -117,5 +117,4 @@ def _canonical(value: Tensor, axes: CanonicalAxes, packed: tuple[Packed, ...]) -
         value = value.unflatten(axis, tuple(size if isinstance(size, int) else -1 for size in sizes))
     order = [axis for group in axes for axis in group]
     rest = [axis for axis in range(value.dim()) if axis not in order]
-    sizes = [math.prod(value.shape[axis] for axis in group) for group in axes]
-    return value.permute(*rest, *order).reshape(sizes)
+    return value.permute(*rest, *order).reshape([math.prod(value.shape[axis] for axis in group) for group in axes])
