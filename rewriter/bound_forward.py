@@ -63,10 +63,17 @@ class BoundForward:
                 self.warned.add(why)
                 warnings.warn(f"subquad ran the original forward of {type(self.root).__name__}: {why}.", stacklevel=2)
             return type(self.root).forward(self.root, *args, **kwargs)
+        objects = self._objects(args, kwargs)
         leaves = self.capture.graph(*inputs)
         if self.capture.out_spec is None:
             return leaves
+        if objects:
+            return self.capture.out_spec.context.rebuild(leaves, into=objects)
         return pytree.tree_unflatten(list(leaves), self.capture.out_spec)
+
+    def _objects(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments that are objects with tensors in them, which the call changes as the original does."""
+        return self.capture.objects.among(args, kwargs) if self.capture.objects.recipes else []
 
     def _stale(self) -> str | None:
         if self.root.training and any(
@@ -89,6 +96,9 @@ class BoundForward:
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str | None]:
         if isinstance(self.root, ProgramModule):
             return ordered_inputs(self.capture, args, kwargs), None
+        if name := self.capture.objects.unlike(args, kwargs):
+            return [], f"it was captured with another kind of {name}"
+        args, kwargs = self.capture.objects.as_tensors(args, kwargs)
         try:
             bound = self.signature.bind(self.root, *args, **kwargs)
         except TypeError as error:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from subquad.capture_guards import fixed_size
 from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, symbolic_axes
+from subquad.capture_objects import Objects, objects_among
 from subquad.capture_outputs import adapted_forward
 from subquad.capture_patches import capturable
 from subquad.capture_values import ValueReads
@@ -45,6 +46,8 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     if example_inputs is None and traced:
         raise CaptureError("a graph from symbolic_trace carries no sizes; give example_inputs.")
     args, kwargs = arguments_of(default_inputs(model) if example_inputs is None else example_inputs)
+    objects = Objects() if traced else objects_among(model.forward, args, kwargs)
+    args, kwargs = objects.as_tensors(*objects.copied(args, kwargs))
     args, kwargs = pytree.tree_map_only(torch.Tensor, batch_of_two(args, kwargs), (args, kwargs))
     if _drops_out(model):
         raise CaptureError(
@@ -58,19 +61,20 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
                 raise
             except Exception as error:
                 raise CaptureError(_capture_message(model, error)) from error
-        return _Exporting(model, args, kwargs).captured()
+        return _Exporting(model, args, kwargs, objects).captured()
 
 
 @dataclass
 class _Exporting:
     """One forward with its example arguments, on its way through torch.export.
 
-    kwargs without a tensor are bound, not passed, so that export never sees them.
+    kwargs without a tensor are bound, not passed, so that export never sees them; objects are lists of their tensors.
     """
 
     model: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    objects: Objects
 
     def captured(self) -> Capture:
         """The capture with as many symbolic axes as the forward allows, on its own or with the values it branches on."""
@@ -100,6 +104,7 @@ class _Exporting:
         reads = ValueReads()
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))
+        args, kwargs = self.objects.restored(args, kwargs)
         with reads:
             self.model(*args, **kwargs)
         for buffer, value in kept:
@@ -110,16 +115,16 @@ class _Exporting:
     def _attempt(self, axes: int, reads: ValueReads | None) -> Capture:
         bound = {key: value for key, value in self.kwargs.items() if not _tensors(value)}
         given = self.args, {key: value for key, value in self.kwargs.items() if key not in bound}
-        shapes = symbolic_axes(given, axes)
+        shapes = self.objects.batch_and_length(*symbolic_axes(given, axes))
         answering = contextlib.nullcontext() if reads is None else reads.capture()
-        with adapted_forward(self.model, bound, shapes, reads) as adapted, answering:
+        with adapted_forward(self.model, bound, shapes, reads, self.objects) as adapted, answering:
             program = torch.export.export(
                 self.model, *given, dynamic_shapes=_by_name(self.model, shapes) or None, strict=False
             )
         expected = None if reads is None else tuple(value for _, value in reads.answered)
         capture = from_exported_program(program, self.model, given, expected)
         capture.constants |= bound
-        capture.arguments = self.args, self.kwargs
+        capture.arguments, capture.objects = (self.args, self.kwargs), self.objects
         capture.notes += _fixed_axes(capture, shapes, given)
         if adapted.classes:
             names = ", ".join(sorted(adapted.classes))

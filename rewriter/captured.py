@@ -12,6 +12,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from subquad.capture_guards import Guards
+from subquad.capture_objects import Objects
 from subquad.ir.graph import attribute
 
 
@@ -25,7 +26,8 @@ class Capture:
     out_spec: pytree of the original's output; the graph returns its leaves as a tuple.
     dialect: "aten" (torch.export) or "torch" (Dynamo, symbolic_trace).  example: the tensors captured with.
     guards: what the inputs must be for the graph to be the forward's.  notes: sentences on what was fixed or adapted.
-    arguments: the call that was captured, None where there was none (a program, a Dynamo graph).
+    arguments: the call that was captured, None where there was none (a program, a Dynamo graph).  objects: which of them
+    are lists of tensors for an object of another class.
     """
 
     graph: torch.fx.GraphModule
@@ -39,6 +41,7 @@ class Capture:
     guards: Guards = field(default_factory=Guards)
     notes: list[str] = field(default_factory=list)
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    objects: Objects = field(default_factory=Objects)
 
     def call(self, root: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Call a module of the root's kind with these tensors, by input name, where the example had its own."""
@@ -47,7 +50,7 @@ class Capture:
         leaves, structure = pytree.tree_flatten(self.arguments)
         names = iter(self.inputs)
         filled = [tensors[next(names)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(filled, structure)
+        args, kwargs = self.objects.restored(*pytree.tree_unflatten(filled, structure))
         return root(*args, **kwargs)
 
     def written(self) -> list[str]:

@@ -12,7 +12,7 @@ from subquad.captured import Capture
 from subquad.emission import emit_site, padding_table
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
-from subquad.ir.graph import attribute, dtype_of, hang, node_inputs
+from subquad.ir.graph import attribute, dtype_of, hang, node_inputs, shape_of
 from subquad.ir.report import Measurement
 from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
 from subquad.replacement import Replacement
@@ -78,7 +78,7 @@ def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
     paddings = PADDINGS if site.mask.tables else ("none",)
     new = next(iter(node_inputs(marker.args)))
     cases: list[tuple[float, float]] = []
-    own = _example_size(original)
+    own, exact_sizes = _example_size(original), _example_sizes(original)
     for size in (*SIZES, own):
         if size == own and cases:
             continue
@@ -86,6 +86,7 @@ def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
             outputs: list[torch.Tensor] = []
             for node, double in ((moved.out, True), (moved.out, False), (new, False)):
                 run = ConcreteRun(copied.graph, original.example, tensors, *size, padding, double)
+                run.symbols.update(exact_sizes if size == own else {})
                 for cut in sorted(cuts):
                     run.known[cut] = run._widen(run.random(cut).to(dtype_of(cut)))
                 with torch.no_grad():
@@ -109,6 +110,17 @@ def _example_size(capture: Capture) -> tuple[int, int]:
     shapes = [tensor.shape for tensor in capture.example.values() if tensor.dim() > 0]
     batch = next((shape[0] for shape in shapes), SIZES[0][0])
     return int(batch), int(next((shape[1] for shape in shapes if len(shape) > 1), SIZES[0][1]))
+
+
+def _example_sizes(capture: Capture) -> dict[Any, int]:
+    """The size of every symbolic axis in the example: the length of a cache and of a mask over it are not one number."""
+    found: dict[Any, int] = {}
+    for node in capture.graph.graph.nodes:
+        example = capture.example.get(node.name) if node.op == "placeholder" else None
+        for size, real in zip(shape_of(node) or (), () if example is None else example.shape, strict=False):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                found[size.node.expr] = int(real)
+    return found
 
 
 def _computed(run: ConcreteRun, node: Any, may_fail: bool) -> Any:

@@ -92,7 +92,7 @@ def graph_output(capture: Capture, inputs: dict[str, torch.Tensor], double: bool
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, name in zip(placeholders, capture.inputs, strict=False):
         value = inputs[name]
-        run.known[node] = value.double() if double and value.dtype.is_floating_point else value
+        run.known[node] = value.double() if double and value.dtype.is_floating_point else value.clone()
     output = graph.output_node().args[0]
     with torch.no_grad():
         leaves = pytree.tree_map(lambda n: run.value(n) if isinstance(n, torch.fx.Node) else n, output)

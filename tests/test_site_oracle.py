@@ -30,6 +30,7 @@ def test_sizes_that_no_buffer_reaches_give_way_to_the_examples_own(monkeypatch: 
 
 def test_a_site_that_cannot_be_run_at_all_has_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site_oracle, "_example_size", lambda capture: (2, 3000))
+    monkeypatch.setattr(site_oracle, "_example_sizes", lambda capture: {})
     for rung in measured(((2, 1000),), monkeypatch):
         assert not rung.passed
         assert rung.detail.startswith("0 cases")
