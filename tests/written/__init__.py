@@ -1,0 +1,1 @@
+"""Small models as people write them, one file per school, each with what recognition must say of it."""
