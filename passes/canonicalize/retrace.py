@@ -99,7 +99,8 @@ def _splice(
                 if step.target is torch.ops.aten.view.default:
                     # views were chosen for the example's strides
                     made[step].target = torch.ops.aten.reshape.default
-    for old, result in zip(read, traced.graph.output_node().args[0], strict=True):
+    results: Any = traced.graph.output_node().args[0]
+    for old, result in zip(read, results, strict=True):
         _read_instead(old, map_arg(result, made.__getitem__))
 
 
@@ -113,7 +114,7 @@ def _read_instead(old: Node, result: Any) -> None:
     """Put a value, which may be a tuple of nodes, in the place of a node; parts of a tuple are read as they are."""
     for user in list(old.users):
         if user.target is operator.getitem and isinstance(result, tuple | list):
-            _read_instead(user, result[user.args[1]])
+            _read_instead(user, result[operator.index(user.args[1])])  # type: ignore[arg-type]
             user.graph.erase_node(user)
         else:
             user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda node: result if node is old else node)
