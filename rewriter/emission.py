@@ -19,7 +19,9 @@ from subquad.ir.vocabulary import kind
 from subquad.layout_emission import canonical, laid_out, restored, size_node
 
 Node = torch.fx.Node
-LAYOUT = frozenset(["view", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "unsqueeze", "squeeze", "expand"])
+LAYOUT = frozenset(
+    ["view", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "unsqueeze", "squeeze", "expand"]
+)
 PARAMETERS = "subquad"
 """Name of the submodule, under the site's module, that holds the tensors a rewrite adds."""
 
