@@ -33,12 +33,10 @@ def mlp():
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (torch.randn(2, 5, 8),)
 
 def uncapturable():
-    class Peeks(nn.Module):
+    class Leaving(nn.Module):
         def forward(self, x):
-            if x.sum().item() > 0:
-                return x
-            return -x
-    return Peeks(), (torch.randn(2, 5, 8),)
+            return x + torch.from_numpy(x.numpy())
+    return Leaving(), (torch.randn(2, 5, 8),)
 """
 
 
@@ -123,7 +121,7 @@ def test_inspect_of_a_model_without_attention(own: Path, capsys: pytest.CaptureF
 
 
 def test_a_forward_that_cannot_be_captured_names_its_line(own: Path) -> None:
-    line = next(n for n, text in enumerate(ROUTER.splitlines(), 1) if ".item()" in text)
+    line = next(n for n, text in enumerate(ROUTER.splitlines(), 1) if ".numpy()" in text)
     assert f"own.py:{line}" in one_sentence(subquad("inspect", f"{own}:uncapturable", "--trust"))
 
 

@@ -17,6 +17,7 @@ from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
 from subquad.passes.recognize.frame import digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.normalisation import leads_to_exp
+from subquad.passes.recognize.product import read_product
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import ScoreReader
 from subquad.passes.recognize.scores import Scores
@@ -109,7 +110,10 @@ class _Run(ConcreteRun):
             seen, place = self._sdpa_visible(), digits(frame.shape)
         else:
             product = shape_of(self.scores.product) or ()
-            self.known[self.scores.product] = torch.zeros([self.size(s) for s in product], dtype=torch.float64)
+            zeros = torch.zeros([self.size(s) for s in product], dtype=torch.float64)
+            read = read_product(self.scores.product)
+            added = None if read is None else read.addend
+            self.known[self.scores.product] = zeros if added is None else zeros + self.value(added).double()
             met_at = self.scores.masks[-1].met_at
             place = self.reader.places[met_at]
             along = next(n for n, index in enumerate(place) if digit(frame.key) in index.free_symbols)
