@@ -149,6 +149,7 @@ def test_sites_and_refusals_are_those_of_export_and_the_outputs_the_same(name: s
     with torch.no_grad():
         exported = subquad.inspect(model, calls[0])
         assert differences(words(exported), words(report)) == []
+        assert [site.path for site in exported.sites] == [site.path for site in report.sites]
         assert [r.reason for r in exported.refusals] == [r.reason for r in report.refusals]
         assert len(report.applied) == len(report.sites)
         assert bool(report.sites) != ("weights are read" in name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
+from torch.fx.traceback import get_current_meta
 
 from subquad.ir.errors import first_line
 from subquad.ir.refusal import Refusal, refuse
@@ -112,7 +114,8 @@ def encoder_layer(
 
     def attended(x: torch.Tensor) -> torch.Tensor:
         given = (embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, True, mask_type)
-        return native_attention(x, x, x, *given)[0]
+        with _inside("self_attn"):
+            return native_attention(x, x, x, *given)[0]
 
     def widened(x: torch.Tensor) -> torch.Tensor:
         inner = F.linear(x, ffn_weight_1, ffn_bias_1)
@@ -129,6 +132,18 @@ def encoder_layer(
         return src + widened(norm_2(src))
     src = norm_1(src + attended(src))
     return norm_2(src + widened(src))
+
+
+@contextmanager
+def _inside(name: str) -> Iterator[None]:
+    """Operations traced in the block belong to this module of the one whose operation is written out."""
+    meta = get_current_meta()
+    stack = meta.get("nn_module_stack")
+    if stack:
+        path = next(reversed(stack.values()))[0]
+        meta["nn_module_stack"] = stack | {name: (f"{path}.{name}", torch.nn.MultiheadAttention)}
+    yield
+    meta["nn_module_stack"] = stack
 
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
