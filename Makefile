@@ -38,11 +38,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP)
 	@$(BIN)/subquad demo
 
+# Two processes with one thread each: most tests capture and trace, which one thread does.
 test: lint
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-all: lint
-	@$(BIN)/python -m pytest -q -m "not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
