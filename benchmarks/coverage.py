@@ -36,7 +36,7 @@ class _Late(BaseException):
     """The time limit of one architecture has passed."""
 
 
-def examine(entry: zoo.Architecture, limit: int, inductor: bool) -> list[dict[str, Any]]:
+def examine(entry: zoo.Architecture, limit: int, inductor: bool, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
     """The outcomes of one architecture, one per spelling it has, as plain data."""
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)
@@ -51,7 +51,7 @@ def examine(entry: zoo.Architecture, limit: int, inductor: bool) -> list[dict[st
                 continue
             only = specimen.spelling != spelling
             ways = tuple({w for s in WAYS for w in WAYS[s]}) if only else WAYS[spelling]
-            outcome = zoo_runner.run(specimen, ways)
+            outcome = zoo_runner.run(specimen, tuple(way for way in ways if way in wanted))
             if inductor and specimen.spelling == "eager" and outcome.executed:
                 outcome.fused = _fused(specimen)
             records.append(outcome.json())
@@ -85,11 +85,13 @@ def outcomes(entries: list[zoo.Architecture], arguments: argparse.Namespace) -> 
     """The outcomes of every entry, as they come."""
     if arguments.processes == 1:
         for entry in entries:
-            yield examine(entry, arguments.limit, arguments.inductor)
+            yield examine(entry, arguments.limit, arguments.inductor, tuple(arguments.ways))
         return
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=60) as pool:
-        waiting = {pool.submit(examine, e, arguments.limit, arguments.inductor): e for e in entries}
+        waiting = {
+            pool.submit(examine, e, arguments.limit, arguments.inductor, tuple(arguments.ways)): e for e in entries
+        }
         for done in as_completed(waiting):
             try:
                 yield done.result()
@@ -138,6 +140,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120, help="seconds for one architecture in one spelling")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--inductor", action="store_true", help="count what Inductor's patterns fuse, too")
+    parser.add_argument(
+        "--ways",
+        nargs="*",
+        default=["rewrite", "dynamo", "core"],
+        help="what follows recognition; nothing for it alone",
+    )
     parser.add_argument("--out", default="coverage.jsonl", help="file for the outcomes, one JSON object a line")
     parser.add_argument("--resume", action="store_true", help="keep what the file holds and run the rest")
     arguments = parser.parse_args()
