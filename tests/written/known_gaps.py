@@ -13,7 +13,10 @@ WIDTHS = "a program whose batches are two symbols keeps (8·s1)//s2 as head size
 NESTED = "the original takes nested tensors and leaves padded rows zero; captured it does not, and the rewrite is rolled back"
 STACKED = "groups repeated by torch.stack are not peeled off once decomposed"
 EDGES = (
-    "of an input [B, N, N, 3] only two axes become symbolic, so the graph holds for one N and others run the original"
+    "of inputs [B, N, N] and [B, N, N, 3] only two axes become symbolic: other N than the example's run the original"
+)
+HINT = (
+    "is_causal=(length > 1) is a number that the capture fixes, and the length with it: other lengths run the original"
 )
 
 ALL = ("export", "verified", "dynamo", "core")
@@ -30,8 +33,13 @@ GAPS: dict[tuple[str, str], str] = {
     ("decoder", "core"): WIDTHS,
     ("decoder without the hint", "core"): WIDTHS,
     ("encoder, padding, nested tensors allowed", "verified"): NESTED,
-    ("neighbours with edge features", "export"): EDGES,
-    ("neighbours with edge features", "verified"): EDGES,
+    **{
+        (f"neighbours {how}", d): EDGES
+        for how in ("by a product", "with edge features")
+        for d in ("export", "verified")
+    },
+    ("self, flash", "export"): HINT,
+    ("self, flash", "verified"): HINT,
     ("paired rotary, stacked groups", "core"): STACKED,
 }
 """By (name of the case, dialect), the reason."""
