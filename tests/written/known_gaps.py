@@ -6,7 +6,6 @@ MERGED = (
     "heads that the batch comes behind, (h b), or that a repetition merged with it are read as one axis: heads is 1"
 )
 WEIGHTS = "nn.MultiheadAttention that makes its weights (need_weights=True): the merged axis of batch and heads is read as batch"
-CROSS_CHECK = f"{WEIGHTS}, and the cross-check lays its mask out wrongly and refuses a true predicate"
 INTEGER = "(1 - an integer mask cast to float) times the lowest number stays an additive bias"
 LENGTHS = "verification makes up lengths of zero and one, measures rows without keys and rolls an exact rewrite back"
 WIDTHS = "a program whose batches are two symbols keeps (8·s1)//s2 as head size, which SDPA's own shape proves to be 8"
@@ -25,8 +24,8 @@ GAPS: dict[tuple[str, str], str] = {
     **{("einops repeat, merged heads", d): MERGED for d in ALL},
     **{("heads merged in front of the batch", d): MERGED for d in ALL},
     **{("mha, weights made and dropped", d): WEIGHTS for d in ALL},
-    **{("mha, additive triangle, weights", d): CROSS_CHECK for d in ALL},
-    **{("mha, padding, weights", d): CROSS_CHECK for d in ALL},
+    **{("mha, additive triangle, weights", d): WEIGHTS for d in ALL},
+    **{("mha, padding, weights", d): WEIGHTS for d in ALL},
     **{("additive padding mask", d): INTEGER for d in ALL},
     ("lengths given", "verified"): LENGTHS,
     ("mha, other widths", "core"): WIDTHS,
