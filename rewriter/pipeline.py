@@ -75,7 +75,9 @@ def _captured_report(model: nn.Module | ExportedProgram, example_inputs: Any) ->
     start = time.perf_counter()
     if isinstance(model, nn.Module):
         if own_hooks(model):
-            report.notes.append("the hooks of the whole model run around its forward and are no part of its graph or decoder")
+            report.notes.append(
+                "the hooks of the whole model run around its forward and are no part of its graph or decoder"
+            )
         with original_forward(model), own_hooks_lifted(model):
             captured = capture(model, example_inputs)
     else:

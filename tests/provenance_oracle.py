@@ -115,7 +115,9 @@ def assert_recomputed(values: Values, operand: Operand, origin: Any, tolerance: 
 
 def compare(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     """Equal in value; shapes may differ where an absent axis is broadcast."""
-    torch.testing.assert_close(got.expand_as(want).contiguous(), want.contiguous(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        got.expand_as(want).contiguous(), want.contiguous(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
 
 
 def recomputed(part: Part, parts: tuple[Part, ...], values: Values, sizes: tuple[int, int]) -> torch.Tensor:
