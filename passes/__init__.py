@@ -6,13 +6,17 @@ import importlib
 import inspect
 import pkgutil
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from subquad.ir.rewrite import Rewrite
+if TYPE_CHECKING:
+    from subquad.ir.rewrite import Rewrite
 
 
 @lru_cache(maxsize=1)
 def discover() -> dict[str, type[Rewrite]]:
     """Every rewrite by name, found by importing the modules of the family folders."""
+    from subquad.ir.rewrite import Rewrite
+
     found: dict[str, type[Rewrite]] = {}
     for module_info in pkgutil.walk_packages(__path__, prefix=__name__ + "."):
         if module_info.ispkg:
