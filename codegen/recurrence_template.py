@@ -142,7 +142,7 @@ def admits(what: RecurrenceSpec) -> bool:
     none.
     """
     plain = what.causal and what.decay == "none" and what.update == "add" and what.normaliser == "sum"
-    return plain and (what.window == 0 or what.branch == "shared")
+    return plain and what.feature_map_k is None and (what.window == 0 or what.branch == "shared")
 
 
 def arguments(spec: KernelSpec) -> list[tuple[str, str]]:

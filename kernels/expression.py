@@ -23,9 +23,10 @@ _INDEX_NAMES = {
     "test": frozenset({"b", "h", "q_lo", "q_hi", "kv_lo", "kv_hi"}),
     "feature": frozenset({"x"}),
 }
+_UNARY = ("abs", "exp", "log", "sqrt", "tanh", "relu", "sigmoid", "softplus", "softmax", "sum", "amax")
 _FUNCTIONS = {
     "mask": {"abs": 1, "min": 2, "max": 2, "where": 3},
-    "feature": {"abs": 1, "exp": 1, "softmax": 1, "relu": 1, "sigmoid": 1},
+    "feature": dict.fromkeys(_UNARY, 1) | {"outer": 2},
 }
 _FUNCTIONS["test"] = _FUNCTIONS["mask"]
 _SCALAR, _TABLE, _WEIGHT = re.compile(r"s\d+"), re.compile(r"t\d+"), re.compile(r"w\d+")
@@ -279,7 +280,14 @@ _CALLS: dict[str, Callable[..., Value]] = {
     "max": _extreme(torch.maximum, max),
     "where": _where,
     "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "tanh": torch.tanh,
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
+    "softplus": torch.nn.functional.softplus,
     "softmax": lambda x: torch.softmax(x, dim=-1),
+    "sum": lambda x: x.sum(-1, keepdim=True),
+    "amax": lambda x: x.amax(-1, keepdim=True),
+    "outer": lambda x, y: (x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2),
 }

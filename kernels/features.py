@@ -24,7 +24,10 @@ def features(texts: Sequence[str], x: Tensor, weights: Sequence[Tensor]) -> Tens
         joint = torch.cat([weights[index].to(x.dtype) * sign for sign, index in signs], -1)
         return torch.matmul(x, joint).unflatten(-1, (len(signs), -1)).softmax(-1).flatten(-2)
     env: dict[str, Any] = {f"w{index}": weight.to(x.dtype) for index, weight in enumerate(weights)}
-    blocks = evaluate_all(texts, env | {"x": x}, "feature")
+    blocks = [
+        block if isinstance(block, Tensor) else x.new_full((*x.shape[:-1], 1), block)
+        for block in evaluate_all(texts, env | {"x": x}, "feature")
+    ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
 
 
@@ -63,6 +66,10 @@ def _width(node: ast.expr, key_width: Any, weights: Sequence[Tensor]) -> Any:
             return _width(right, key_width, weights) if left_width == 1 else left_width
         case ast.UnaryOp(operand=inner):
             return _width(inner, key_width, weights)
+        case ast.Call(func=ast.Name(id="sum" | "amax")):
+            return 1
+        case ast.Call(args=[left, right]):
+            return _width(left, key_width, weights) * _width(right, key_width, weights)
         case ast.Call(args=[inner]):
             return _width(inner, key_width, weights)
     return 1

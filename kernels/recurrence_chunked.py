@@ -31,7 +31,7 @@ def supports(spec: RecurrenceSpec) -> bool:
     denominator.
     """
     shared = spec.window == 0 or spec.branch == "shared"
-    return spec.causal and spec.decay == "none" and spec.update == "add" and shared
+    return spec.causal and spec.decay == "none" and spec.update == "add" and spec.sums and shared
 
 
 def recurrence_chunked(
@@ -81,7 +81,7 @@ def recurrence_chunked(
     if not whole:
         query = F.pad(query, (0, 0, 0, 0, 0, span - total))
 
-    leaving = features(spec.feature_map, repeat_heads(keys[:, :span], heads), feature_k)
+    leaving = features(spec.key_map, repeat_heads(keys[:, :span], heads), feature_k)
     if not (deep and whole and valid is None):
         stays = (number[:, :span] >= spec.sinks) & (slots[:span] < live)
         leaving = leaving * stays[:, None, :, None].to(dtype)

@@ -47,9 +47,9 @@ def recurrence_torch(
     and convex windows.
     """
     what = RecurrenceSpec.parse(spec)
-    if cu_seqlens is not None or not (supports(what) or not what.causal):
+    if cu_seqlens is not None or not (supports(what) or _both(what)):
         return NotImplemented
-    if not what.causal:
+    if _both(what):
         result = _bidirectional(q, k, v, feature_q, feature_k, valid, state, seen, what)
     else:
         carry = (state, window_k, window_v, seen)
@@ -61,11 +61,11 @@ def forward(arguments: Arguments) -> Result:
     """The operator's outputs on CPU by the fastest form; not traceable."""
     q, k, v, cu_seqlens = (arguments[name] for name in ("q", "k", "v", "cu_seqlens"))
     what = RecurrenceSpec.parse(arguments["spec"])
-    if cu_seqlens is not None and (supports(what) or not what.causal):
+    if cu_seqlens is not None and (supports(what) or _both(what)):
         batch, places = _unpack(arguments)
         result = forward(batch)
         return (result[0][places][None], *result[1:])
-    if q.shape[1] and (supports(what) or not what.causal):
+    if q.shape[1] and (supports(what) or _both(what)):
         return _in_blocks(arguments, what)
     if q.shape[1] == 0 and arguments["state"] is not None and cu_seqlens is None:
         return (
@@ -85,7 +85,7 @@ def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
         return _blocks_backward(arguments, what, grads)
 
     def run(named: Arguments) -> tuple[Tensor, ...]:
-        if named["cu_seqlens"] is None and not what.causal:
+        if named["cu_seqlens"] is None and _both(what):
             return recurrence_torch(**named)
         o, *rest = recurrence_reference(**named, dtype=compute_dtype(named["q"]))
         return (o, *rest)
@@ -143,7 +143,7 @@ def _walk(arguments: Arguments, what: RecurrenceSpec) -> list[tuple[int, int, bo
 
 def _in_blocks(arguments: Arguments, what: RecurrenceSpec) -> Result:
     q, v = arguments["q"], arguments["v"]
-    if not what.causal:
+    if _both(what):
         names = ("q", "k", "v", "feature_q", "feature_k", "valid", "state", "seen")
         result = _bidirectional(**{name: arguments[name] for name in names}, spec=what)
         return (result[0].to(q.dtype), *result[1:])
@@ -184,6 +184,10 @@ def _blocks_backward(arguments: Arguments, what: RecurrenceSpec, grads: Sequence
     return [*tokens, *unused, *shared, *carried]
 
 
+def _both(what: RecurrenceSpec) -> bool:
+    return not what.causal and what.decay == "none" and what.sums
+
+
 def _bidirectional(
     q: Tensor,
     k: Tensor,
@@ -196,7 +200,7 @@ def _bidirectional(
     spec: RecurrenceSpec,
 ) -> Result:
     dtype, heads = compute_dtype(q), q.shape[2]
-    phi_k = features(spec.feature_map, repeat_heads(k.to(dtype), heads), feature_k)
+    phi_k = features(spec.key_map, repeat_heads(k.to(dtype), heads), feature_k)
     if valid is not None:
         phi_k = phi_k * valid[:, None, :, None].to(dtype)
     value = torch.cat([v.to(dtype), v.new_ones(*v.shape[:3], 1, dtype=dtype)], -1)
@@ -229,4 +233,4 @@ def _unpack(arguments: Arguments) -> tuple[Arguments, tuple[Tensor, Tensor]]:
 
 def feature_width(arguments: Arguments) -> Any:
     """F of the state of these arguments."""
-    return width(RecurrenceSpec.parse(arguments["spec"]).feature_map, arguments["k"].shape[3], arguments["feature_k"])
+    return width(RecurrenceSpec.parse(arguments["spec"]).key_map, arguments["k"].shape[3], arguments["feature_k"])

@@ -32,7 +32,7 @@ def check(arguments: dict[str, Any]) -> RecurrenceSpec:
         raise ValueError(
             f"recurrence got {q.shape[2]} query heads over {k.shape[2]} key heads; the first must be a multiple."
         )
-    for name, wanted in (("decay", spec.decay != "none"), ("beta", spec.update == "delta")):
+    for name, wanted in (("decay", spec.decay not in ("none", "additive")), ("beta", spec.update == "delta")):
         if (arguments[name] is not None) != wanted:
             raise ValueError(
                 f"recurrence got {name} {'present' if not wanted else 'absent'}, but the spec says the opposite."
@@ -64,16 +64,19 @@ def recurrence_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Recurrence over q [B, T, H, K], k [B, T, Hkv, K], v [B, T, Hkv, V] with an optional window softmax branch.
 
-    decay: log decays [H], [B, T, H] or [B, T, H, F]; beta [B, T, H] for the delta update. feature_q, feature_k:
-    weights w0.. [H, K, F'] of the feature map. window_gate: [H] logit of gamma. valid: bool [B, T]; an invalid token
-    contributes nothing, advances nothing and outputs 0. state [B, H, F, V + 1], window_k and window_v [B, sinks +
-    window, Hkv, K|V], seen int64 [B]: what an earlier call returned. cu_seqlens: int64 [N + 1] bounds of sequences
-    packed into B = 1. spec: RecurrenceSpec.json().
+    decay: log decays [H], [B, T, H] or [B, T, H, F], at most 0 (-inf forgets everything); beta [B, T, H] for the delta
+    update; Hkv in the place of H where a KV group shares them. feature_q, feature_k: weights w0.. [H, K, F'] of the
+    feature maps. window_gate: [H] logit of gamma. valid: bool [B, T]; an invalid token contributes nothing, decays and
+    advances nothing and outputs 0. state [B, H, F, spec.columns(V)], window_k and window_v [B, sinks + window, Hkv, K|V],
+    seen int64 [B]: what an earlier call returned; a row with seen = 0 has an empty past, whose state is zero.
+    cu_seqlens: int64 [N + 1] bounds of sequences packed into B = 1 (B of the state is then N). spec:
+    RecurrenceSpec.json().
 
-    Returns o [B, T, H, V] in q's dtype, state in fp32 (fp64 for fp64 inputs) whose last column sums phi(k), window_k,
-    window_v and seen. Window buffer: the first `sinks` valid tokens, then a ring where token n sits in slot sinks +
-    (n - sinks) % window; free slots are 0. Calls compose: prefix, then rest with its state, equals one call. Source:
-    LoLCATs (2410.10254) with a sliding window and attention sinks; conventions of flash-linear-attention.
+    Returns o [B, T, H, V] in q's dtype, state in fp32 (fp64 for fp64 inputs), window_k, window_v and seen. Where
+    spec.sums, the state's last column is the sum of phi(k), or the logarithm of the sum of additive weights. Window
+    buffer: the first `sinks` valid tokens, then a ring where token n sits in slot sinks + (n - sinks) % window; free
+    slots are 0. Calls compose: prefix, then rest with its state, equals one call. Source: LoLCATs (2410.10254) with a
+    sliding window and attention sinks; conventions of flash-linear-attention.
     """
     arguments = dict(
         zip(
@@ -149,7 +152,7 @@ def _(
     slots = what.sinks + what.window
     return (
         q.new_empty(*q.shape[:3], v.shape[3]),
-        q.new_empty(rows, q.shape[2], forms.feature_width(arguments), v.shape[3] + 1, dtype=compute_dtype(q)),
+        q.new_empty(rows, q.shape[2], forms.feature_width(arguments), what.columns(v.shape[3]), dtype=compute_dtype(q)),
         k.new_empty(rows, slots, *k.shape[2:]),
         v.new_empty(rows, slots, *v.shape[2:]),
         q.new_empty(rows, dtype=torch.int64),

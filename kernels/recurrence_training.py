@@ -66,7 +66,7 @@ def recurrence_training(
     gamma = 1.0 if window_gate is None else torch.sigmoid(window_gate.to(wide)).view(-1, 1, 1, 1)
 
     phi_q = features(spec.feature_map, _in(query, feature_q), _cast(feature_q, query)).to(dtype)
-    phi_k = features(spec.feature_map, _in(key, feature_k), _cast(feature_k, key)).to(dtype)
+    phi_k = features(spec.key_map, _in(key, feature_k), _cast(feature_k, key)).to(dtype)
     if sinks:
         phi_k = F.pad(phi_k[:, :, sinks:], (0, 0, sinks, 0))
     phi_q, chunks_k = phi_q.unflatten(2, (count, chunk)), phi_k.unflatten(2, (count, chunk))

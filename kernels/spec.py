@@ -91,41 +91,51 @@ class SoftmaxSpec(_Canonical):
 
 @dataclass(frozen=True)
 class RecurrenceSpec(_Canonical):
-    """One recurrence S <- decay * S + phi(k) v with an optional window softmax branch.
+    """One recurrence S <- decay * S + phi(k) v, read by o = phi(q) S, with an optional window softmax branch.
 
-    feature_map: expressions over x ([..., K]) and w0.., concatenated on the feature axis, applied to unscaled q and
-    k. decay: none, "head" ([H] log decays), "token" ([B, T, H]) or "channel" ([B, T, H, F]). update: "add" or "delta"
-    (beta [B, T, H]). normaliser: "none", "sum" (divide by phi(q).sum phi(k)), "rms" or "group" (over V, no weights,
-    eps 1e-6); `scale` multiplies the window's scores, and the linear output unless the normaliser is "sum". branch
-    "shared": keys in the window (last `window` valid tokens, self included, plus the first `sinks`) enter by softmax,
-    all others through the state, under one denominator (LoLCATs, 2410.10254). branch "convex": gamma * softmax over
-    the window + (1 - gamma) * the recurrence over all keys. Without a window_gate gamma is 1 (shared) or 1/2
-    (convex).
+    feature_map: expressions over x ([..., K]) and w0.., concatenated on the feature axis, applied to unscaled q and k;
+    feature_map_k: another map of the same width for k, None where both use one.
+    decay: "none"; log decays, at most 0, "head" ([H]), "token" ([B, T, H]) or "channel" ([B, T, H, F]); or "additive"
+    (LightNet, 2405.21022): phi(k) are the logarithms of the channels' weights, S[f] is their weighted mean of v so far.
+    update: "add", or "delta": S <- decay * S, then S <- S + beta phi(k) (v - phi(k) S), beta in [0, 2] ([B, T, H]);
+    delta without decay is DeltaNet (2406.06484), with it Gated DeltaNet.
+    normaliser: "none", "sum" (divide by phi(q).sum phi(k), the sum decayed as S is but never erased by delta), "rms" or
+    "group" (over V, no weights, eps 1e-6); `scale` multiplies the window's scores, and the linear output unless the
+    normaliser is "sum".
+    branch "shared": keys in the window (last `window` valid tokens, self included, plus the first `sinks`) enter by
+    softmax, all others through the state when they leave the window, under one denominator (LoLCATs, 2410.10254).
+    branch "convex": gamma * softmax over the window + (1 - gamma) * the recurrence over all keys (Liger, 2503.01496).
+    Without a window_gate gamma is 1 (shared) or 1/2 (convex).
+    causal False: every token reads all tokens, those after it decayed by the gates between as those before it are
+    (LION, 2502.16249); the initial state lies before the first token and the final state is the causal one.
+
+    Raises ValueError for what the field does not define: delta or a window in both directions (updates do not commute,
+    and a window looks back: run two recurrences), delta over additive weights, "sum" over additive weights (they sum to
+    1 per channel already), and a shared denominator without a sum.
     """
 
     feature_map: tuple[str, ...]
     scale: float
-    decay: Literal["none", "head", "token", "channel"] = "none"
+    decay: Literal["none", "head", "token", "channel", "additive"] = "none"
     update: Literal["add", "delta"] = "add"
     normaliser: Literal["none", "sum", "rms", "group"] = "sum"
     window: int = 0
     sinks: int = 0
     branch: Literal["shared", "convex"] = "shared"
     causal: bool = True
+    feature_map_k: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.feature_map, tuple)
-            or not self.feature_map
-            or not all(isinstance(t, str) for t in self.feature_map)
-        ):
-            raise ValueError(
-                f"RecurrenceSpec.feature_map is {self.feature_map!r}; it must be a non-empty tuple of expressions."
-            )
-        object.__setattr__(self, "feature_map", tuple(parse(text, "feature").text for text in self.feature_map))
+        for name in ("feature_map", "feature_map_k"):
+            texts = getattr(self, name)
+            if texts is None and name == "feature_map_k":
+                continue
+            if not isinstance(texts, tuple) or not texts or not all(isinstance(t, str) for t in texts):
+                raise ValueError(f"RecurrenceSpec.{name} is {texts!r}; it must be a non-empty tuple of expressions.")
+            object.__setattr__(self, name, tuple(parse(text, "feature").text for text in texts))
         _number("RecurrenceSpec", "scale", self.scale)
         object.__setattr__(self, "scale", float(self.scale))
-        _choice("RecurrenceSpec", "decay", self.decay, ("none", "head", "token", "channel"))
+        _choice("RecurrenceSpec", "decay", self.decay, ("none", "head", "token", "channel", "additive"))
         _choice("RecurrenceSpec", "update", self.update, ("add", "delta"))
         _choice("RecurrenceSpec", "normaliser", self.normaliser, ("none", "sum", "rms", "group"))
         _choice("RecurrenceSpec", "branch", self.branch, ("shared", "convex"))
@@ -134,10 +144,32 @@ class RecurrenceSpec(_Canonical):
         _count("RecurrenceSpec", "sinks", self.sinks)
         if self.sinks and not self.window:
             raise ValueError(f"RecurrenceSpec.sinks is {self.sinks} but window is 0; sinks belong to a window branch.")
-        if not self.causal and (self.window or self.decay != "none" or self.update != "add"):
-            raise ValueError("RecurrenceSpec.causal is False; then window must be 0, decay 'none' and update 'add'.")
+        if not self.causal and (self.window or self.update != "add"):
+            raise ValueError(
+                f"RecurrenceSpec.causal is False with window {self.window} and update {self.update!r}; windows look back and "
+                "delta updates do not commute, so run one causal recurrence in each direction."
+            )
+        if self.decay == "additive" and (self.update != "add" or self.normaliser == "sum"):
+            raise ValueError(
+                f"RecurrenceSpec.decay is 'additive' with update {self.update!r} and normaliser {self.normaliser!r}; additive "
+                "weights sum to 1 per channel, so the update is 'add' and the normaliser is not 'sum'."
+            )
         if self.window and self.branch == "shared" and (self.normaliser != "sum" or self.update != "add"):
             raise ValueError(
                 f"RecurrenceSpec has normaliser {self.normaliser!r} and update {self.update!r}; "
                 "a shared window branch needs 'sum' and 'add'."
             )
+
+    @property
+    def key_map(self) -> tuple[str, ...]:
+        """The feature map of k."""
+        return self.feature_map if self.feature_map_k is None else self.feature_map_k
+
+    @property
+    def sums(self) -> bool:
+        """True when the state has a last column beside V: the sum of phi(k), or its logarithm where weights add up."""
+        return self.normaliser == "sum" or self.decay == "additive"
+
+    def columns(self, value_width: Any) -> Any:
+        """Columns of the state for values of this width."""
+        return value_width + 1 if self.sums else value_width

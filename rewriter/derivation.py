@@ -185,8 +185,9 @@ def _site_state(node: Node) -> SiteState:
     spec = RecurrenceSpec.parse(named["spec"])
     state = value_of(node)[1]
     return SiteState(
-        "recurrent", heads=int(state.shape[1]), features=int(state.shape[2]), window=spec.sinks + spec.window, **sizes
-    )
+        "recurrent", heads=int(state.shape[1]), features=int(state.shape[2]), window=spec.sinks + spec.window,
+        sums=spec.sums, **sizes,
+    )  # fmt: skip
 
 
 def _build(

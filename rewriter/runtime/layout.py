@@ -16,7 +16,7 @@ class SiteState:
     """The state of one attention site.
 
     kind: "kv" (buffers [B, capacity, kv_heads, key_dim | value_dim] in `dtype`) or "recurrent" (state [B, heads, features,
-    value_dim + 1] in fp32, or fp64 for fp64 models, and a window of `window` slots).
+    value_dim (+ 1 with `sums`)] in fp32, or fp64 for fp64 models, and a window of `window` slots).
     """
 
     kind: str
@@ -27,6 +27,7 @@ class SiteState:
     heads: int = 0
     features: int = 0
     window: int = 0
+    sums: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:

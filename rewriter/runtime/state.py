@@ -82,7 +82,7 @@ def empty_recurrence(site: SiteState, batch: int, device: torch.device) -> tuple
     """The initial (state, window_k, window_v, seen) of a recurrent site."""
     wide = torch.float64 if site.dtype == torch.float64 else torch.float32
     return (
-        torch.zeros(batch, site.heads, site.features, site.value_dim + 1, dtype=wide, device=device),
+        torch.zeros(batch, site.heads, site.features, site.value_dim + site.sums, dtype=wide, device=device),
         torch.zeros(batch, site.window, site.kv_heads, site.key_dim, dtype=site.dtype, device=device),
         torch.zeros(batch, site.window, site.kv_heads, site.value_dim, dtype=site.dtype, device=device),
         torch.zeros(batch, dtype=torch.int64, device=device),
