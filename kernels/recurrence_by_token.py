@@ -47,7 +47,7 @@ def recurrence_reference(
         first = None
         if state is not None and window_k is not None and window_v is not None and seen is not None:
             first = (state[row].to(dtype), window_k[row].to(dtype), window_v[row].to(dtype), int(seen[row]))
-        live = range(stop - start)
+        live = list(range(stop - start))
         if valid is not None:
             live = torch.nonzero(valid[index, start:stop]).flatten().tolist()
         tokens = {
