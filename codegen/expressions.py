@@ -22,6 +22,13 @@ def floor_mod(a, b):
 
 
 @triton.jit
+def bit(x, n):
+    """Bit n of the 64 bits of x; 0 for any other n."""
+    inside = (n >= 0) & (n < 64)
+    return tl.where(inside, (x.to(tl.int64) >> tl.where(inside, n, 0).to(tl.int64)) & 1, 0)
+
+
+@triton.jit
 def row_softmax(x, columns):
     """softmax over the real columns of x; 0 elsewhere."""
     x = tl.where(columns, x, float("-inf"))
@@ -45,6 +52,7 @@ _FUNCTIONS = {
     "max": "tl.maximum",
     "where": "tl.where",
     "abs": "tl.abs",
+    "bit": "bit",
     "exp": "tl.exp",
     "sigmoid": "tl.sigmoid",
 }
@@ -74,7 +82,7 @@ def scalar_count(text: str | None) -> int:
 
 def _boolean(node: ast.expr, names: dict[str, str]) -> str:
     printed = _print(node, names)
-    return f"({printed} != 0)" if isinstance(node, ast.Subscript) else printed
+    return f"({printed} != 0)" if isinstance(node, ast.Subscript | ast.Call) else printed
 
 
 def _print(node: ast.expr, names: dict[str, str]) -> str:

@@ -31,6 +31,8 @@ def provider(operator: str, given: dict[str, Any]) -> Any:
     q = given["q"]
     if q.device.type != "cuda" or q.dtype not in TOLERANCE or not importlib.util.find_spec("triton"):
         return None
+    if operator == "softmax_attention" and any(row.dim() == 3 and row.shape[1] > 1 for row in given["rows"]):
+        return None
     if operator == "recurrence":
         plain = given["cu_seqlens"] is None and q.shape[1] > 0
         if not plain or not recurrence_template.admits(RecurrenceSpec.parse(given["spec"])):
@@ -83,10 +85,10 @@ def softmax_forward(given: dict[str, Any], schedule: Schedule = SOFTMAX) -> tupl
         values |= _table("q_positions", given["q_positions"].contiguous())
     if given["positions"] or given["lengths"]:
         flags.append("positions")
-        values |= _table("positions", keys.position.expand(batch, -1).contiguous())
+        values |= _table("positions", keys.position[:, 0].expand(batch, -1).contiguous())
     if keys.live is not None:
         flags.append("live")
-        values |= _table("live", keys.live.to(torch.int8))
+        values |= _table("live", keys.live[:, 0].to(torch.int8))
     tables = []
     for index, operand in enumerate(given["operands"]):
         kind = torch.int8 if operand.dtype == torch.bool else torch.int64
@@ -103,7 +105,7 @@ def softmax_forward(given: dict[str, Any], schedule: Schedule = SOFTMAX) -> tupl
     if o.numel():
         _launch(scheduled(spec, schedule), values, (-(-q_len // schedule.block_q), batch * heads))
     o, lse = finish(o, lse, keys, None, what) if given["sinks"] is None else (o, lse)
-    return o.to(q.dtype), lse if what.lse else lse.new_empty(0)
+    return o.to(q.dtype), lse
 
 
 def recurrence_forward(given: dict[str, Any], schedule: Schedule = RECURRENCE) -> tuple[Tensor, ...]:

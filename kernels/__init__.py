@@ -13,7 +13,8 @@ if __name__ == "kernels":
     import_module("kernels")
 else:
     from subquad.kernels.decomposition import decompositions
-    from subquad.kernels.expression import evaluate, parse
+    from subquad.kernels.evaluation import evaluate
+    from subquad.kernels.expression import parse
     from subquad.kernels.intervals import block_tests
     from subquad.kernels.narrow_linear import narrow_linear
     from subquad.kernels.provider import provide, provided
@@ -25,10 +26,13 @@ else:
     from subquad.kernels.softmax_torch import softmax_attention_torch
     from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
     from subquad.kernels.state import merge, merge_all
+    from subquad.kernels.tree import ancestor_bits, ancestors, tree_mask
 
     __all__ = [
         "RecurrenceSpec",
         "SoftmaxSpec",
+        "ancestor_bits",
+        "ancestors",
         "block_tests",
         "decompositions",
         "evaluate",
@@ -44,4 +48,5 @@ else:
         "softmax_attention",
         "softmax_attention_reference",
         "softmax_attention_torch",
+        "tree_mask",
     ]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.kernels.expression import evaluate_all, parse
+from subquad.kernels.evaluation import evaluate_all
+from subquad.kernels.expression import parse
 from subquad.kernels.spec import RecurrenceSpec
 
 

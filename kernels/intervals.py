@@ -28,8 +28,8 @@ _ANYTHING = _Range(None, None)
 
 @functools.lru_cache(maxsize=4096)
 def block_tests(text: str) -> tuple[str, str]:
-    """Return (maybe, always), two expressions of the "test" grammar over q_lo, q_hi, kv_lo, kv_hi (inclusive bounds),
-    b, h, s0.., t0[..].
+    """Return (maybe, always), two expressions of the "test" grammar over q_lo, q_hi, kv_lo, kv_hi, i_lo .. j_hi (inclusive
+    bounds), b, h, s0.., t0[..].
 
     Sound: where `maybe` is False no (q, kv) of the block satisfies `text`; where `always` is True all of them do. A
     table read at an index that varies inside the block is unknown.
@@ -101,7 +101,7 @@ def _predicate(node: ast.expr) -> tuple[ast.expr, ast.expr]:
     match node:
         case ast.Constant():
             return node, node
-        case ast.Subscript():
+        case ast.Subscript() | ast.Call():
             return (node, node) if _range(node).is_point else (_TRUE, _FALSE)
         case ast.UnaryOp(operand=inner):
             maybe, always = _predicate(inner)
@@ -131,7 +131,7 @@ def _comparison(op: ast.cmpop, left: _Range, right: _Range) -> tuple[ast.expr, a
 
 def _range(node: ast.expr) -> _Range:
     match node:
-        case ast.Name(id="q" | "kv" as name):
+        case ast.Name(id="q" | "kv" | "i" | "j" as name):
             return _Range(_name(f"{name}_lo"), _name(f"{name}_hi"))
         case ast.Constant() | ast.Name():
             return _Range(node, node)
@@ -229,6 +229,8 @@ def _function(name: str, args: list[ast.expr]) -> _Range:
     parts = [_range(argument) for argument in args]
     if all(part.is_point for part in parts):
         return _point(ast.Call(_name(name), [part.low for part in parts if part.low is not None], []))
+    if name == "bit":
+        return _Range(ast.Constant(0), ast.Constant(1))
     if name == "abs":
         low, high = parts[0].low, parts[0].high
         if low is None or high is None:

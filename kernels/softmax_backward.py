@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.kernels.segments import join, predicate_env, query_positions, split, visibility
+from subquad.kernels.segments import join, per_head, predicate_env, query_positions, split, visibility
 from subquad.kernels.softmax_torch import compute_dtype, scores
 from subquad.kernels.spec import SoftmaxSpec
 
@@ -31,7 +31,7 @@ def softmax_attention_backward(
     scalars: Sequence[int],
     spec: str,
 ) -> list[Tensor]:
-    """Gradients [q, *k, *v, bias if given, sinks if given] for grad_o [B, Tq, H, V] and grad_lse [B, Tq, H] (or [0]).
+    """Gradients [q, *k, *v, bias if given, sinks if given] for grad_o [B, Tq, H, V] and grad_lse [B, Tq, H] (or [0] for none).
 
     dS = P * (dP - rowsum(P * dP) + dlse), the identity of FlashAttention (2205.14135) with the log-sum-exp as a
     second output.
@@ -49,9 +49,10 @@ def softmax_attention_backward(
     dsinks = None if sinks is None else torch.zeros(kv_heads, q.shape[2] // kv_heads, dtype=dtype, device=q.device)
     for start in range(0, q.shape[1], ROWS):
         part = slice(start, min(start + ROWS, q.shape[1]))
-        env = predicate_env(q.shape[0], q.shape[2], query[:, part], keys.position, operands, scalars)
+        env = predicate_env(q.shape[0], q.shape[2], query, keys.position, operands, scalars)
+        env |= {name: env[name][:, :, part] for name in ("q", "i")}
         local_bias = None if bias is None else (bias[:, :, part] if bias.shape[2] > 1 else bias)
-        visible = visibility(what.mask, env, keys.live)
+        visible = visibility(what.mask, env, None if keys.live is None else per_head(keys.live, q.shape[2]))
         score = scores(q[:, part], keys.k, what, visible, local_bias)
         if sinks is not None:
             sink = sinks.to(dtype).view(1, kv_heads, -1, 1, 1).expand(*score.shape[:4], 1)
@@ -62,7 +63,7 @@ def softmax_attention_backward(
         weight = torch.exp(score - lse.masked_fill(empty, 0.0))
         go = grad_o[:, part].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         gl = torch.zeros_like(lse)
-        if what.lse:
+        if grad_lse.numel():
             gl = (
                 grad_lse[:, part]
                 .to(dtype)
@@ -75,9 +76,7 @@ def softmax_attention_backward(
         dscore = weight * (dweight + shift)
         if what.empty_rows == "mean" and sinks is None:
             live = (
-                torch.ones_like(score[:, :1, :1, :1])
-                if keys.live is None
-                else keys.live[:, None, None, None, :].to(dtype)
+                torch.ones_like(score[:, :1, :1, :1]) if keys.live is None else keys.live[:, :, None, None, :].to(dtype)
             )
             weight = torch.where(empty, live / live.sum(-1, keepdim=True).clamp_min(1), weight)
         dv += torch.matmul(weight.flatten(2, 3).transpose(2, 3), go.flatten(2, 3))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.kernels.expression import evaluate, parse
+from subquad.kernels.evaluation import evaluate
+from subquad.kernels.expression import parse
 from subquad.kernels.intervals import block_tests
-from subquad.kernels.segments import Keys, check, join, predicate_env, query_positions, visibility
+from subquad.kernels.segments import Keys, check, join, per_head, predicate_env, query_positions, visibility
 from subquad.kernels.softmax_torch import compute_dtype, dense_state, finish
 from subquad.kernels.spec import SoftmaxSpec
 
@@ -58,11 +59,11 @@ def softmax_attention_cpu(
         env = predicate_env(q.shape[0], q.shape[2], query, keys.position, operands, scalars)
         pairs = q.shape[1] * keys.k.shape[1]
         if pairs <= DENSE_PAIRS or q.shape[1] <= 1 or (what.mask is None and what.softcap is None):
-            o, lse = _state(q, keys.k, keys.v, what, visibility(what.mask, env, keys.live), bias)
+            o, lse = _state(q, keys.k, keys.v, what, visibility(what.mask, env, _seen(keys, q.shape[2])), bias)
         else:
             o, lse = _blocks(q, keys, what, env, bias)
     o, lse = finish(o, lse, keys, sinks, what)
-    return o.to(q.dtype), lse if what.lse else lse.new_empty(0)
+    return o.to(q.dtype), lse
 
 
 def _trim(keys: Keys, lengths: Sequence[Tensor]) -> Keys:
@@ -72,8 +73,12 @@ def _trim(keys: Keys, lengths: Sequence[Tensor]) -> Keys:
     k, v, position, live = keys.k, keys.v, keys.position, keys.live
     if len(lengths) == 1:
         longest = int(lengths[0].max()) if lengths[0].numel() else 0
-        k, v, position, live = k[:, :longest], v[:, :longest], position[:, :longest], live[:, :longest]
+        k, v, position, live = k[:, :longest], v[:, :longest], position[..., :longest], live[..., :longest]
     return Keys(k, v, position, None if bool(live.all()) else live)
+
+
+def _seen(keys: Keys, heads: int) -> Tensor | None:
+    return None if keys.live is None else per_head(keys.live, heads)
 
 
 def _has_flash(q: Tensor, keys: Keys) -> bool:
@@ -167,8 +172,10 @@ def _blocks(
             part_bias = _take(part_bias, runs, 3) if bias.shape[3] > 1 else part_bias
         visible = None
         if keys.live is not None or not bool(always[index][maybe[index]].all()):
-            local = env | {"q": env["q"][:, :, rows], "kv": _take(env["kv"], runs, 3)}
-            visible = visibility(spec.mask, local, None if keys.live is None else _take(keys.live, runs, 1))
+            local = env | {name: env[name][:, :, rows] for name in ("q", "i")}
+            local |= {name: _take(env[name], runs, 3) for name in ("kv", "j")}
+            seen = _seen(keys, q.shape[2])
+            visible = visibility(spec.mask, local, None if seen is None else _take(seen, runs, 3))
         o[:, rows], lse[:, rows] = _state(q[:, rows], k, v, spec, visible, part_bias)
     return o, lse
 
@@ -205,14 +212,13 @@ def _block_map(spec: SoftmaxSpec, env: dict[str, Any], q_len: int, k_len: int) -
     shape = (-(-q_len // BLOCK), -(-k_len // BLOCK))
     if spec.mask is None:
         return torch.ones(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
-    q_low, q_high = _bounds(env["q"].squeeze(3), q_len)
-    k_low, k_high = _bounds(env["kv"].squeeze(2), k_len)
-    bounds = {
-        "q_lo": q_low[..., None],
-        "q_hi": q_high[..., None],
-        "kv_lo": k_low[:, :, None],
-        "kv_hi": k_high[:, :, None],
-    }
+    bounds: dict[str, Tensor] = {}
+    for name in ("q", "i"):
+        low, high = _bounds(env[name].squeeze(3), q_len)
+        bounds |= {f"{name}_lo": low[..., None], f"{name}_hi": high[..., None]}
+    for name in ("kv", "j"):
+        low, high = _bounds(env[name].squeeze(2), k_len)
+        bounds |= {f"{name}_lo": low[:, :, None], f"{name}_hi": high[:, :, None]}
     maybe_text, always_text = block_tests(spec.mask)
     results = []
     for text in (maybe_text, always_text):

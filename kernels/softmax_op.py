@@ -13,7 +13,6 @@ from subquad.kernels.provider import provided
 from subquad.kernels.segments import check
 from subquad.kernels.softmax_cpu import softmax_attention_cpu
 from subquad.kernels.softmax_torch import compute_dtype, softmax_attention_torch
-from subquad.kernels.spec import SoftmaxSpec
 
 
 def softmax_attention_forward(
@@ -33,15 +32,17 @@ def softmax_attention_forward(
     """Softmax attention of q [B, Tq, H, K] over key/value segments [Bs, Ts, Hkv, K|V] (query head h reads KV head h
     // (H / Hkv)).
 
-    rows: [] or an int64 [B] per segment, the segment row each query row reads. lengths: [] or an int64 [B] per
+    rows: [] or one int64 tensor per segment: [B], the segment row each query row reads (rows that read the same one share
+    it), or page lists [B, 1 or Hkv, P], the segment rows (pages) that each query row, or each KV head of it, reads one
+    after the other; -1 is no page. A segment gives a query row Ts slots, or P * Ts. lengths: [] or an int64 [B] per
     segment, its live slots. positions: [] or an int64 [Bs, Ts] per segment, the logical index `kv` of each slot; by
     default slots count on from the live length of the segments before. q_positions: int64 [B, Tq] or None for arange.
-    bias: broadcastable to [B, H, Tq, sum Ts], added after scale and softcap. sinks: [H], one more logit per head
+    bias: broadcastable to [B, H, Tq, sum of slots], added after scale and softcap. sinks: [H], one more logit per head
     without a value. operands, scalars: the t0.. and s0.. the mask predicate reads. spec: SoftmaxSpec.json().
 
-    Returns o [B, Tq, H, V] in q's dtype and, if spec.lse, the natural log-sum-exp [B, Tq, H] in fp32 (fp64 for fp64
-    inputs), sink included, -inf for a row without visible key; else an empty tensor. Raises ValueError on arguments
-    that do not fit.
+    Returns o [B, Tq, H, V] in q's dtype and the natural log-sum-exp [B, Tq, H] in fp32 (fp64 for fp64 inputs), sink
+    included, -inf for a row without visible key. Page lists have no gradient. Raises ValueError on arguments that do not
+    fit.
     """
     arguments = (q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec)
     if q.device.type == "cpu":
@@ -90,8 +91,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, rows, lengths, positions)
     shape = q.shape[:3]
-    lse = q.new_empty(shape if SoftmaxSpec.parse(spec).lse else (0,), dtype=compute_dtype(q))
-    return q.new_empty(*shape, v[0].shape[3]), lse
+    return q.new_empty(*shape, v[0].shape[3]), q.new_empty(shape, dtype=compute_dtype(q))
 
 
 @torch.library.custom_op("subquad::softmax_attention_backward", mutates_args=())
@@ -151,6 +151,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     named = dict(zip(ARGUMENTS, inputs, strict=True))
+    ctx.set_materialize_grads(False)
     ctx.counts = [len(named[name]) for name in ("k", "rows", "lengths", "positions", "operands")]
     ctx.scalars, ctx.spec = named["scalars"], named["spec"]
     ctx.save_for_backward(
@@ -159,13 +160,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )  # fmt: skip
 
 
-def _backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, q_positions, bias, sinks, *rest = ctx.saved_tensors
     groups = []
     for count in (ctx.counts[0], *ctx.counts):
         groups.append(rest[:count])
         rest = rest[count:]
     k, v, rows, lengths, positions, operands = groups
+    if any(row.dim() == 3 for row in rows):
+        raise ValueError(
+            "softmax_attention has no gradient through page lists; give the keys as segments with row maps."
+        )
+    if grad_o is None:
+        grad_o = q.new_zeros(*q.shape[:3], v[0].shape[3])
+    if grad_lse is None:
+        grad_lse = q.new_empty(0)
     grads = torch.ops.subquad.softmax_attention_backward(
         grad_o, grad_lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, ctx.scalars, ctx.spec
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.kernels.segments import Keys, check, join, predicate_env, query_positions, visibility
+from subquad.kernels.segments import Keys, check, join, per_head, predicate_env, query_positions, visibility
 from subquad.kernels.sizes import guarded
 from subquad.kernels.spec import SoftmaxSpec
 
@@ -78,7 +78,7 @@ def mean_value(keys: Keys, o: Tensor) -> Tensor:
     if keys.live is None:
         mean = value.sum(1, keepdim=True) / torch.scalar_tensor(value.shape[1], device=value.device).clamp_min(1)
     else:
-        live = keys.live[:, :, None, None].to(value.dtype)
+        live = keys.live.transpose(1, 2)[..., None].to(value.dtype)
         mean = (value * live).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp_min(1)
     return mean.repeat_interleave(o.shape[2] // value.shape[2], 2)
 
@@ -104,7 +104,7 @@ def softmax_attention_torch(
     check(q, k, v, rows, lengths, positions)
     keys = join(k, v, rows, lengths, positions)
     env = predicate_env(q.shape[0], q.shape[2], query_positions(q, q_positions), keys.position, operands, scalars)
-    visible = visibility(what.mask, env, keys.live)
+    visible = visibility(what.mask, env, None if keys.live is None else per_head(keys.live, q.shape[2]))
     o, lse = dense_state(q, keys.k, keys.v, what, visible, bias)
     o, lse = finish(o, lse, keys, sinks, what)
-    return o.to(q.dtype), lse if what.lse else lse.new_empty(0)
+    return o.to(q.dtype), lse

@@ -64,18 +64,18 @@ class _Canonical:
 
 @dataclass(frozen=True)
 class SoftmaxSpec(_Canonical):
-    """One softmax attention: scores are softcap(scale * q.k) + bias where `mask` (expression over b, h, q, kv) holds.
+    """One softmax attention: scores are softcap(scale * q.k) + bias where `mask` (expression over b, h, q, kv, i, j) holds.
 
-    empty_rows is the output of a row with no visible key: 0 as SDPA gives, the mean of the row's live V as masks of
-    finfo.min give, or NaN as unguarded -inf masks give; with sinks such a row is always 0. lse asks for the log-sum-
-    exp, which includes the sink.
+    q and kv are logical positions, i is the row of q and j the slot of the key in the joined segments, so that a draft
+    tree's mask reads t0[b, i, j - first] while windows compare positions. empty_rows is the output of a row with no
+    visible key: 0 as SDPA gives, the mean of the row's live V as masks of finfo.min give, or NaN as unguarded -inf masks
+    give; with sinks such a row is always 0.
     """
 
     scale: float
     softcap: float | None = None
     mask: str | None = None
     empty_rows: Literal["zero", "mean", "nan"] = "zero"
-    lse: bool = False
 
     def __post_init__(self) -> None:
         _number("SoftmaxSpec", "scale", self.scale)
@@ -86,7 +86,6 @@ class SoftmaxSpec(_Canonical):
         if self.mask is not None:
             object.__setattr__(self, "mask", parse(self.mask).text)
         _choice("SoftmaxSpec", "empty_rows", self.empty_rows, ("zero", "mean", "nan"))
-        _choice("SoftmaxSpec", "lse", self.lse, (True, False))
 
 
 @dataclass(frozen=True)

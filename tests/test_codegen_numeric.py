@@ -27,7 +27,7 @@ for case in json.loads(sys.stdin.read()):
         given |= {"operands": [torch.rand(2, t) > 0.3, torch.arange(t) // 7], "scalars": [5, -3]}
         if case.get("ragged"):
             given |= {"lengths": [torch.tensor([t, 3])], "q_positions": torch.tensor([t, 3])[:, None] - tq + torch.arange(tq)}
-        given["spec"] = SoftmaxSpec(**case["spec"], lse=True).json()
+        given["spec"] = SoftmaxSpec(**case["spec"]).json()
         got, want = softmax_forward(given, BLOCKS), softmax_attention_reference(**given)
     else:
         w = lambda: [torch.randn(h, d, 5).to(dtype)]
@@ -58,6 +58,7 @@ MASKS = [
     "t0[b, kv] & (q >= kv)",
     "t1[q] == t1[kv]",
     "(q - s0) // 4 >= (kv + s1) // 4",
+    "(j < s0) | bit(t1[i], j - s0) & (q - kv < 20)",
 ]
 SOFTMAX = [{"op": "softmax", "shape": (4, 2, 24, 20, 37, 37), "spec": {"scale": 0.2, "mask": mask}} for mask in MASKS]
 SOFTMAX += [

@@ -23,7 +23,21 @@ NUMBERS = [
     "t0[kv]",
     "t1[b, q]",
 ]
-NUMBERS += ["s0", "2", "-q", "q * s0", "q * kv", "b + h", "t0[h]", "kv // s0", "q % s0"]
+NUMBERS += [
+    "bit(t0[kv], q)",
+    "bit(t1[b, i], j - s0)",
+    "i",
+    "j - kv",
+    "s0",
+    "2",
+    "-q",
+    "q * s0",
+    "q * kv",
+    "b + h",
+    "t0[h]",
+    "kv // s0",
+    "q % s0",
+]
 
 
 @st.composite
@@ -50,6 +64,8 @@ def test_block_tests_agree_with_dense_evaluation(text, scalar, q_lo, q_size, kv_
     dense = {
         "q": q_lo + torch.arange(q_size)[:, None],
         "kv": kv_lo + torch.arange(kv_size)[None],
+        "i": 2 + torch.arange(q_size)[:, None],
+        "j": 1 + torch.arange(kv_size)[None],
         "s0": scalar,
         **tables,
     }
@@ -58,6 +74,10 @@ def test_block_tests_agree_with_dense_evaluation(text, scalar, q_lo, q_size, kv_
         "q_hi": q_lo + q_size - 1,
         "kv_lo": kv_lo,
         "kv_hi": kv_lo + kv_size - 1,
+        "i_lo": 2,
+        "i_hi": q_size + 1,
+        "j_lo": 1,
+        "j_hi": kv_size,
         "s0": scalar,
         **tables,
     }
@@ -143,7 +163,7 @@ class _Pointer:
 class _Language:
     """The functions of triton.language that predicates use, on torch tensors."""
 
-    minimum, maximum, abs = torch.minimum, torch.maximum, torch.abs
+    minimum, maximum, abs, int64 = torch.minimum, torch.maximum, torch.abs, torch.int64
 
     @staticmethod
     def where(condition, yes, no):
@@ -158,7 +178,7 @@ class _Language:
 
 def _on_device(text, environment):
     """The printed Triton predicate, run as Python."""
-    helpers = HELPERS.split("@triton.jit")[1:3]
+    helpers = HELPERS.split("@triton.jit")[1:4]
     scope = {"tl": _Language}
     for source in helpers:
         exec(source.strip(), scope)
@@ -178,6 +198,7 @@ def test_the_triton_form_of_a_predicate_has_its_values(text, scalar):
     environment = {
         "b": torch.arange(2).reshape(2, 1, 1, 1), "h": torch.arange(2).reshape(1, 2, 1, 1),
         "q": torch.arange(7).reshape(1, 1, 7, 1), "kv": torch.arange(9).reshape(1, 1, 1, 9), "s0": scalar,
+        "i": torch.arange(7).reshape(1, 1, 7, 1), "j": 2 + torch.arange(9).reshape(1, 1, 1, 9),
         "t0": torch.arange(9) % 5 - 2, "t1": torch.arange(18).reshape(2, 9) % 7 - 3,
     }  # fmt: skip
     want = torch.as_tensor(evaluate(text, environment)).expand(2, 2, 7, 9)

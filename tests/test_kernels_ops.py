@@ -13,7 +13,7 @@ from subquad.kernels import recurrence_forms as forms
 
 STEP = RecurrenceSpec(("softmax(x @ w0)", "softmax(-(x @ w0))"), 0.5, window=4, sinks=2)
 STEP_TEXT = STEP.json()
-CAUSAL_TEXT = SoftmaxSpec(0.5, mask="q >= kv", lse=True).json()
+CAUSAL_TEXT = SoftmaxSpec(0.5, mask="q >= kv").json()
 
 
 def leaf(*shape):
@@ -25,7 +25,7 @@ def softmax_case():
     keys = [leaf(1, 3, 2, 4), leaf(2, 4, 2, 4)]
     values = [leaf(1, 3, 2, 5), leaf(2, 4, 2, 5)]
     rows, lengths = [torch.tensor([0, 0]), torch.tensor([1, 0])], [torch.tensor([3, 2]), torch.tensor([4, 1])]
-    spec = SoftmaxSpec(0.3, softcap=2.0, mask="q + 2 >= kv", lse=True).json()
+    spec = SoftmaxSpec(0.3, softcap=2.0, mask="q + 2 >= kv").json()
     return (leaf(2, 3, 4, 4), keys, values, rows, lengths, [], None, leaf(4, 1, 7), leaf(4), [], [3], spec)
 
 

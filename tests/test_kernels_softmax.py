@@ -22,6 +22,7 @@ MASKS = [
     "t0[b, kv] & (q >= kv)",
     "q > kv + h",
     "kv % 2 == s0",
+    "(j < s0) | bit(t1[b, i], j - s0) & (q - kv < 9)",
 ]
 
 
@@ -32,8 +33,8 @@ def case(batch=2, q_len=5, lens=(7,), heads=4, kv_heads=2, width=8, value=8, dty
         "k": [torch.randn(batch, n, kv_heads, width, dtype=dtype) for n in lens],
         "v": [torch.randn(batch, n, kv_heads, value, dtype=dtype) for n in lens],
         "rows": [], "lengths": [], "positions": [], "q_positions": None, "bias": None, "sinks": None,
-        "operands": [torch.rand(batch, sum(lens)) > 0.4], "scalars": [1],
-        "spec": SoftmaxSpec(**{"scale": 0.3, "lse": True} | spec).json(),
+        "operands": [torch.rand(batch, sum(lens)) > 0.4, torch.randint(0, 1 << 40, (batch, q_len))], "scalars": [1],
+        "spec": SoftmaxSpec(**{"scale": 0.3} | spec).json(),
     }  # fmt: skip
 
 
@@ -166,3 +167,36 @@ def test_operands_may_have_any_strides(which, mask, length):
         held = arguments[which]
         arguments[which] = turned(held) if which == "q" else [turned(x) for x in held]
     compare(arguments, tolerance=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.sampled_from([(4, 2), (3, 3), (6, 1)]), st.integers(0, 4), st.integers(1, 5),
+    st.booleans(), st.sampled_from(MASKS), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["zero", "mean", "nan"]),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_page_lists_equal_the_reference(
+    batch, q_len, heads, pages, size, by_head, mask, tail, placed, bias, empty, seed
+):
+    pool = 6
+    arguments = case(batch, q_len, (4,), *heads, 5, 7, seed=seed, mask=mask, empty_rows=empty)
+    slots = pages * size + 4
+    arguments["k"].insert(0, torch.randn(pool, size, heads[1], 5, dtype=torch.float64))
+    arguments["v"].insert(0, torch.randn(pool, size, heads[1], 7, dtype=torch.float64))
+    table = torch.randint(-1, pool, (batch, heads[1] if by_head else 1, pages))
+    arguments["rows"] = [table, torch.randint(0, batch, (batch,))]
+    if tail:
+        arguments["lengths"] = [torch.randint(0, pages * size + 1, (batch,)), torch.randint(0, 5, (batch,))]
+    if placed:
+        arguments["positions"] = [torch.randint(0, 20, (pool, size)), torch.randint(0, 20, (batch, 4))]
+        arguments["q_positions"] = torch.randint(0, 20, (batch, q_len))
+    arguments["bias"] = torch.randn(heads[0], 1, slots, dtype=torch.float64) if bias else None
+    compare(arguments)
+
+
+def test_page_lists_have_no_gradient():
+    q, pool = torch.randn(1, 1, 2, 4, requires_grad=True), torch.randn(3, 2, 2, 4)
+    spec = SoftmaxSpec(0.5).json()
+    o, _ = softmax_attention(q, [pool], [pool], [torch.tensor([[[0, 2]]])], [], [], None, None, None, [], [], spec)
+    with pytest.raises(ValueError, match="page lists"):
+        o.sum().backward()

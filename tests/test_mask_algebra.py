@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import subquad
 from subquad.ir.mask import KV, B, FloorDiv, Mask, Q, Where
-from subquad.kernels.expression import evaluate
+from subquad.kernels.evaluation import evaluate
 from subquad.passes.recognize.constant_tensor import read_constant
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_choice import choose

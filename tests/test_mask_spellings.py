@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from subquad.ir.mask import KV, B, H, Mask, Q
-from subquad.kernels.expression import evaluate
+from subquad.kernels.evaluation import evaluate
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_boolean, visible
 

@@ -12,7 +12,7 @@ from subquad.ir.graph import shape_of
 from subquad.ir.mask import Mask
 from subquad.ir.site import Bias, View
 from subquad.ir.vocabulary import arguments, kind
-from subquad.kernels.expression import evaluate
+from subquad.kernels.evaluation import evaluate
 from subquad.passes.recognize.concrete_run import PADDINGS, ConcreteRun
 from subquad.passes.recognize.frame import digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra

@@ -21,7 +21,7 @@ def visible_keys(columns: Tensor, slots: Tensor, tables: Sequence[Tensor], scala
     Keys sit in slot order from column 0 on, so that the predicate's kv is a counter and its tables are read in order.
     """
     counter = torch.arange(slots.shape[0], device=slots.device)
-    env = predicate_env(1, 1, columns[None, :], counter[None, :], tables, scalars)
+    env = predicate_env(1, 1, columns[None, :], counter[None, None, :], tables, scalars)
     seen = visibility(mask, env, None)
     assert seen is not None
     return seen
