@@ -33,11 +33,14 @@ def explain(report: Report, chosen: dict[str, str]) -> None:
         _block(f"{_count(len(paths), 'site')}  {shorten(paths) or '<root>'}", site_fields(site))
     if not report.sites:
         click.echo("  none")
-    for title, found in (("Loops", report.loops), ("Prefixes", report.prefixes)):
-        if found:
-            _title(title)
-            for item in found:
-                _block(item.path or "<root>", [(k, str(v)) for k, v in item.json().items() if k != "path"])
+    if report.loops:
+        _title("Loops")
+        for loop in report.loops:
+            _block(loop.path or "<root>", [(k, str(v)) for k, v in loop.json().items() if k != "path"])
+    if report.prefixes:
+        _title("Shared prefixes")
+        for paths, prefix in grouped([(prefix.json(), prefix.path) for prefix in report.prefixes]):
+            _block(shorten(paths) or "<root>", prefix_fields(prefix))
     located = [refusal for refusal in report.refusals if refusal.path or refusal.source]
     _refusals("Refused", located)
     if report.nearest is not None and (len(located) > 1 or report.nearest not in located):
@@ -73,6 +76,12 @@ def site_fields(site: dict[str, Any]) -> list[Field]:
         shared = "q, k and v are projections of one tensor"
         fields.append(("input", shared if provenance["layer_input"] else f"not found: {provenance['why']}"))
     return [*fields, ("source", site["source"]), ("decision", site["decision"])]
+
+
+def prefix_fields(prefix: dict[str, Any]) -> list[Field]:
+    """Which columns are shared by which rows, and how that is known."""
+    columns = "all columns" if prefix["columns"] == "all" else f"the first {prefix['columns']} columns"
+    return [("shared", f"{columns}, by {prefix['groups']}"), ("evidence", "; ".join(prefix["evidence"]))]
 
 
 def _origin(origin: dict[str, Any], path: str) -> str:

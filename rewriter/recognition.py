@@ -14,6 +14,7 @@ from subquad.ir.report import Report
 from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.attention import find_attention
 from subquad.passes.recognize.near_miss import nearest_miss
+from subquad.passes.share_prefix.find_prefixes import find_prefixes
 
 
 def recognise(capture: Capture, report: Report) -> Report:
@@ -39,6 +40,9 @@ def recognise(capture: Capture, report: Report) -> Report:
             )
         )
     report.seconds["recognise"] = time.perf_counter() - start
+    start = time.perf_counter()
+    report.prefixes.extend(find_prefixes(capture.graph, sites))
+    report.seconds["prefixes"] = time.perf_counter() - start
     return report
 
 

@@ -268,10 +268,11 @@ def _getitem(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices 
 
 
 def _repeat_interleave(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
-    if a["dim"] is None or isinstance(a["repeats"], Node):
+    repeats = a["repeats"]
+    if a["dim"] is None or (isinstance(repeats, Node) and shape_of(repeats) is not None):
         return None
     dim = a["dim"] % len(base)
-    return (*i[:dim], FloorDiv(i[dim], _integer(a["repeats"])), *i[dim + 1 :])
+    return (*i[:dim], FloorDiv(i[dim], _integer(repeats)), *i[dim + 1 :])
 
 
 def _movedim(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:

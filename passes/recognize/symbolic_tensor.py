@@ -68,7 +68,10 @@ def _hint(size: sympy.Basic, environment: Any) -> int | None:
 
 @lru_cache(maxsize=128)
 def settled(size: sympy.Basic, environment: Any) -> sympy.Basic:
-    """A size with every quotient replaced by a number where the capture proved that it is that number."""
+    """A size without the quotients that the capture decided: those proved to be a number, and s for n·(s // n) proved to be s."""
+    for symbol in size.free_symbols if not size.is_Symbol else ():
+        if environment._maybe_evaluate_static(sympy.Eq(size, symbol)) == sympy.true:
+            return symbol
     known = {}
     for quotient in size.atoms(SizeDiv):
         hint = _hint(quotient, environment)

@@ -1,0 +1,1 @@
+"""Find columns that rows of a batch share, and compute them once."""
