@@ -87,27 +87,23 @@ def _says_earlier(term: sympy.Basic) -> bool:
 
 def _tables(mask: Mask, claims: Mapping[Node, Shared]) -> list[Shared] | None:
     """Claims of the tables that the predicate reads by row; None when it may tell rows apart in another way."""
-    assert mask.predicate is not None or mask.is_full
-    read = mask.predicate.atoms(AppliedUndef) if mask.predicate is not None else set()
+    if mask.predicate is None:
+        return [] if mask.is_full else None
+    read = mask.predicate.atoms(AppliedUndef)
     nodes = {table.name: table.node for table in mask.tables}
     found = []
     for table in read:
+        first, *others = table.args
         if B not in table.free_symbols:
             continue
         claim = claims.get(nodes[table.func.__name__])
-        if (
-            claim is None
-            or table.args[0] != B
-            or claim.row != axis(0)
-            or any(B in a.free_symbols for a in table.args[1:])
-        ):
+        if claim is None or first != B or claim.row != axis(0) or any(B in other.free_symbols for other in others):
             return None
         if claim.column is not None and table.args[claim_axis(claim)] not in (Q, KV):
             return None
         row, column = CANONICAL
         found.append(Shared(row, None if claim.column is None else column, claim.columns, claim.group))
-    without = mask.predicate.xreplace({table: sympy.Dummy() for table in read}) if read else mask.predicate
-    return None if without is not None and B in without.free_symbols else found
+    return None if B in mask.predicate.xreplace({table: sympy.Dummy() for table in read}).free_symbols else found
 
 
 def claim_axis(claim: Shared) -> int:

@@ -11,7 +11,7 @@ import sympy
 import torch
 import torch.fx
 
-from subquad.ir.graph import node_inputs, shape_of
+from subquad.ir.graph import node_inputs, shape_of, value_of
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mixed_radix import without_divisions
@@ -157,7 +157,7 @@ def _first_shape(node: Node) -> tuple[Any, ...]:
     shape = shape_of(node)
     if shape is not None:
         return shape
-    value = node.meta.get("val", node.meta.get("example_value"))
+    value = value_of(node)
     return tuple(value[0].shape) if isinstance(value, list | tuple) and value else ()
 
 
@@ -260,7 +260,7 @@ def _part(node: Node, claims: Claims) -> Shared | None:
     if name == "unbind":
         moved = {axis(n): axis(n - (n > place)) for n in range(len(shape))} | {axis(place): sympy.Integer(number)}
         return claim.at(moved)
-    values = source.meta.get("val", source.meta.get("example_value"))
+    values = value_of(source) or ()
     start = sum((size_of(value.shape[place]) for value in values[:number]), sympy.S.Zero)
     return claim.at({axis(place): axis(place) + start})
 
