@@ -12,8 +12,7 @@ from subquad.capture import Capture
 from subquad.ir.graph import shape_of
 from subquad.ir.mask import FloorDiv
 from subquad.passes.recognize.symbolic_tensor import axis, size_of
-from subquad.passes.share_prefix.claims import ROW
-from subquad.passes.share_prefix.shared_rules import Claims
+from subquad.passes.share_prefix.claims import ROW, Claims
 
 
 class _Recording(torch.fx.Interpreter):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch.fx
 
 from subquad.passes.recognize.mixed_radix import without_divisions
 from subquad.passes.recognize.symbolic_tensor import axis, is_one, size_of
@@ -41,6 +42,11 @@ class Shared:
         """The claim with formulas put for its indices."""
         column = None if self.column is None else self.column.xreplace(dict(indices))
         return replace(self, row=self.row.xreplace(dict(indices)), column=column)
+
+
+Claims = dict[torch.fx.Node, Shared]
+Sizes = set[sympy.Basic]
+"""Sizes that count the rows of the batch."""
 
 
 def everywhere(place: int, group: sympy.Basic = sympy.S.Zero) -> Shared:

@@ -13,14 +13,14 @@ from subquad.ir.mask import KV, B, Mask, Q
 from subquad.ir.site import CanonicalAxes, Operand, Packed, ScoreTensor, Site
 from subquad.passes.recognize.mixed_radix import quotient_and_rest
 from subquad.passes.recognize.symbolic_tensor import axis, size_of
-from subquad.passes.share_prefix.claims import Shared, meet
+from subquad.passes.share_prefix.claims import Shared, Sizes, meet
 
 Node = torch.fx.Node
 CANONICAL = sympy.symbols("row column", integer=True, nonnegative=True)
 """Row and column of an operand, whatever its layout."""
 
 
-def attention(site: Site, claims: Mapping[Node, Shared], batch: set[sympy.Basic]) -> Shared | None:
+def attention(site: Site, claims: Mapping[Node, Shared], batch: Sizes) -> Shared | None:
     """The claim of the site's result; None when a shared query may see a key that is not shared."""
     parts = [operand_claim(operand, claims) for operand in (site.q, site.k, site.v)]
     if any(part is None for part in parts) or site.dropout > 0:
@@ -112,7 +112,7 @@ def claim_axis(claim: Shared) -> int:
     return next((n for n in range(8) if claim.column == axis(n)), 0)
 
 
-def _score_tensors(site: Site, claims: Mapping[Node, Shared], batch: set[sympy.Basic]) -> list[Shared] | None:
+def _score_tensors(site: Site, claims: Mapping[Node, Shared], batch: Sizes) -> list[Shared] | None:
     """Claims of biases, gain and sinks that have a batch axis; None when one has, and no claim."""
     tensors = [*site.biases, site.gain, site.sinks]
     found = []

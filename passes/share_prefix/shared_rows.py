@@ -16,9 +16,9 @@ import torch.fx
 from subquad.ir.graph import shape_of
 from subquad.ir.site import Site
 from subquad.passes.recognize.symbolic_tensor import axis, size_of
-from subquad.passes.share_prefix.claims import Shared
+from subquad.passes.share_prefix.claims import Claims, Shared, Sizes
 from subquad.passes.share_prefix.shared_attention import attention
-from subquad.passes.share_prefix.shared_rules import Claims, transfer
+from subquad.passes.share_prefix.shared_rules import transfer
 
 Node = torch.fx.Node
 
@@ -48,7 +48,7 @@ def shared_rows(
     return claims
 
 
-def batch_sizes(module: torch.fx.GraphModule) -> set[sympy.Basic]:
+def batch_sizes(module: torch.fx.GraphModule) -> Sizes:
     """Sizes that count rows: the symbolic first axes of the inputs."""
     shapes = [shape_of(node) for node in module.graph.nodes if node.op == "placeholder"]
     return {size_of(shape[0]) for shape in shapes if shape and isinstance(shape[0], torch.SymInt)}

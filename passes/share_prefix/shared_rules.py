@@ -16,11 +16,10 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mixed_radix import without_divisions
 from subquad.passes.recognize.symbolic_tensor import axis, is_one, size_of
-from subquad.passes.share_prefix.claims import ROW, Shared, everywhere, meet, settled
+from subquad.passes.share_prefix.claims import ROW, Claims, Shared, Sizes, everywhere, meet, settled
+from subquad.passes.share_prefix.shared_products import addmm, convolution, linear, matmul, named_arguments
 
 Node = torch.fx.Node
-Claims = dict[Node, Shared]
-Sizes = set[sympy.Basic]
 
 
 def transfer(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
@@ -121,7 +120,7 @@ def _broadcast(operands: Iterable[tuple[Node, int]], claims: Claims) -> Shared |
 
 def _along(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     """Softmax, sums, norms, sorts over some axes: they must not be those of rows or columns."""
-    named = _named(node)
+    named = named_arguments(node)
     source = node.args[0]
     assert isinstance(source, Node)
     claim, shape = claims.get(source), shape_of(source) or ()
@@ -145,14 +144,6 @@ def axis_of(claim: Shared) -> int | None:
     return int(str(claim.column)[1:])
 
 
-def _named(node: Node) -> dict[str, Any]:
-    if isinstance(node.target, torch._ops.OpOverload):
-        names = [(a.name, a.default_value) for a in node.target._schema.arguments]
-        given = dict(zip([name for name, _ in names], node.args, strict=False)) | dict(node.kwargs)
-        return {name: given.get(name, default) for name, default in names}
-    return arguments(node)
-
-
 def _first_shape(node: Node) -> tuple[Any, ...]:
     shape = shape_of(node)
     if shape is not None:
@@ -169,39 +160,6 @@ def _normalised(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     normal = {axis(n) for n in range(rank - len(sizes), rank)}  # type: ignore[arg-type]
     weighted = any(n in claims for n in _tensors(node) if n is not source)
     return None if claim is None or normal & claim.symbols or weighted else claim
-
-
-def _product(left: Node, right: Node, result: Node, claims: Claims) -> Shared | None:
-    """A matrix product: the contracted axis must not be that of rows or columns."""
-    a, b, out = (len(shape_of(n) or ()) for n in (left, right, result))
-    if a < 2 or b < 2:
-        return None
-    found: list[Shared] = []
-    silent: set[sympy.Basic] = set()
-    for operand, rank, contracted, kept, place in ((left, a, a - 1, a - 2, out - 2), (right, b, b - 2, b - 1, out - 1)):
-        claim, shape = claims.get(operand), shape_of(operand) or ()
-        places = {n: n + out - rank for n in range(rank - 2)} | {kept: place}
-        if claim is None:
-            silent |= {axis(places[n]) for n in places if not is_one(shape[n])}
-        elif axis(contracted) in claim.symbols:
-            return None
-        else:
-            found.append(claim.moved(places))
-    claim = meet(found) if found else None
-    return None if claim is None or claim.row.free_symbols & silent else claim
-
-
-def _matmul(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
-    named = arguments(node)
-    return _product(named["a"], named["b"], node, claims)
-
-
-def _linear(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
-    named = arguments(node)
-    source = named["x"]
-    claim, last = claims.get(source), len(shape_of(source) or ()) - 1
-    others = [n for n in _tensors(node) if n is not source]
-    return None if claim is None or axis(last) in claim.symbols or any(n in claims for n in others) else claim
 
 
 def _joined(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
@@ -318,27 +276,6 @@ def _padded(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     return claim.at(moved)
 
 
-def _convolved(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
-    """A convolution over [B, C, T]: column c reads columns c - padding … c - padding + (kernel - 1)·dilation."""
-    named = _named(node)
-    source, weight = node.args[0], node.args[1]
-    assert isinstance(source, Node)
-    assert isinstance(weight, Node)
-    claim, shape, kernel = claims.get(source), shape_of(source) or (), shape_of(weight) or ()
-    if claim is None or named.get("transposed", False) or claim.row != axis(0) or axis(1) in claim.symbols:
-        return None
-    if claim.column is None:
-        return claim
-    single = [_only(named[key]) for key in ("stride", "padding", "dilation")]
-    if len(shape) != 3 or claim.column != axis(2) or single[0] != 1 or not all(isinstance(n, int) for n in single):
-        return None
-    return replace(claim, columns=claim.columns + single[1] - (kernel[2] - 1) * single[2])
-
-
-def _only(value: Any) -> Any:
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-
-
 def _dropped(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     named = arguments(node)
     return None if named["p"] and named["train"] else claims.get(named["x"])
@@ -346,7 +283,7 @@ def _dropped(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
 
 def _reversed(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     """flip and roll of axes that tell neither rows nor columns."""
-    named = _named(node)
+    named = named_arguments(node)
     source = node.args[0]
     assert isinstance(source, Node)
     claim, rank = claims.get(source), len(shape_of(source) or ())
@@ -358,16 +295,9 @@ def _reversed(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
 def _batch_normalised(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     source = node.args[0]
     assert isinstance(source, Node)
-    learning = _named(node).get("training", False)
+    learning = named_arguments(node).get("training", False)
     others = list(node_inputs(list(node.args[1:])))
     return None if learning or any(n in claims for n in others) else claims.get(source)
-
-
-def _addmm(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
-    named = arguments(node)
-    if named["bias"] in claims or len(shape_of(named["bias"]) or ()) > 1:
-        return None
-    return _product(named["x"], named["weight"], node, claims)
 
 
 Rule = Callable[[Node, Claims, Sizes], Shared | None]
@@ -379,7 +309,7 @@ RULES: dict[str, Rule] = {
                      "reduction", "cumsum"), _along),
     **dict.fromkeys(("index", "index_select"), _indexed),
     **dict.fromkeys(("flip", "roll"), _reversed),
-    "matmul": _matmul, "linear": _linear, "addmm": _addmm, "embedding": _looked_up, "cat": _joined, "stack": _stacked,
+    "matmul": matmul, "linear": linear, "addmm": addmm, "embedding": _looked_up, "cat": _joined, "stack": _stacked,
     "gather": _gathered, "pad": _padded, "dropout": _dropped, "cast": _pointwise,
     "one_hot": lambda node, claims, batch: claims.get(arguments(node)["x"]),
 }  # fmt: skip
@@ -387,7 +317,7 @@ RULES: dict[str, Rule] = {
 
 NAMED: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
-    **dict.fromkeys(("conv1d", "convolution", "conv2d"), _convolved),
+    **dict.fromkeys(("conv1d", "convolution", "conv2d"), convolution),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_normalised),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "argmax", "argmin", "max",
                      "min", "var", "var_mean", "std", "norm", "linalg_vector_norm", "amin", "prod", "glu"), _along),
