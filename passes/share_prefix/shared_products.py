@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 
@@ -17,6 +18,7 @@ Node = torch.fx.Node
 
 
 def named_arguments(node: Node) -> dict[str, Any]:
+    """An operation's arguments by their schema names, or by the vocabulary's outside ATen."""
     if isinstance(node.target, torch._ops.OpOverload):
         names = [(a.name, a.default_value) for a in node.target._schema.arguments]
         given = dict(zip([name for name, _ in names], node.args, strict=False)) | dict(node.kwargs)
@@ -25,11 +27,13 @@ def named_arguments(node: Node) -> dict[str, Any]:
 
 
 def matmul(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
+    """matmul, bmm, mm."""
     named = arguments(node)
     return _product(named["a"], named["b"], node, claims)
 
 
 def addmm(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
+    """A product with a bias of one axis."""
     named = arguments(node)
     if named["bias"] in claims or len(shape_of(named["bias"]) or ()) > 1:
         return None
@@ -57,10 +61,11 @@ def _product(left: Node, right: Node, result: Node, claims: Claims) -> Shared | 
 
 
 def linear(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
+    """A projection whose weight and bias are the same for all rows."""
     named = arguments(node)
     source = named["x"]
     claim, last = claims.get(source), len(shape_of(source) or ()) - 1
-    others = [n for n in _tensors(node) if n is not source]
+    others = [n for n in node.all_input_nodes if n is not source]
     return None if claim is None or axis(last) in claim.symbols or any(n in claims for n in others) else claim
 
 
