@@ -63,13 +63,25 @@ def found(
     return captured, report, find_prefixes(captured.graph, report.sites, symbols)
 
 
-@pytest.mark.parametrize("spelling", SPREADS)
-def test_every_spelling_of_a_broadcast_is_a_prefix_of_its_site(spelling: str) -> None:
-    spread, rows, groups = SPREADS[spelling]
-    example = (torch.randn(4, 5, 8),)
-    captured, report, prefixes = found(PrefixTuned(spread, rows), example)
-    assert [(p.path, p.columns) for p in prefixes] == [(report.sites[0].path, "3")]
-    assert prefixes[0].groups.startswith(groups)
+class Every(nn.Module):
+    """Several models side by side on one input."""
+
+    def __init__(self, models: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models.values())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(model(x) for model in self.models)
+
+
+def test_every_spelling_of_a_broadcast_is_a_prefix_of_its_site() -> None:
+    every = Every({name: PrefixTuned(spread, rows) for name, (spread, rows, _) in SPREADS.items()})
+    captured, report, prefixes = found(every, (torch.randn(4, 5, 8),))
+    by_path = {prefix.path: prefix for prefix in prefixes}
+    for n, (name, (_, _, groups)) in enumerate(SPREADS.items()):
+        prefix = by_path[f"models.{n}"]
+        assert prefix.columns == "3", name
+        assert prefix.groups.startswith(groups), name
     claims = shared_rows(captured.graph, report.sites)
     for batch in (4, 6):
         assert not violations(captured, claims, (torch.randn(batch, 5, 8),))
@@ -164,22 +176,22 @@ class Body(nn.Module):
         return self.attend(x, True)
 
 
-@pytest.mark.parametrize(
-    ("trap", "columns"),
-    [("none", "P"), ("flattened rows", "P"), ("causal convolution", "P"), ("running sum", "P"), ("centred convolution", "P - 1"),
-     ("first token", None), ("mean over tokens", None), ("row numbers", None), ("running sum over rows", None),
-     ("backwards", None), ("last token", None), ("bidirectional", "second site only")],
-)  # fmt: skip
-def test_what_mixes_columns_or_rows_ends_a_prefix(trap: str, columns: str | None) -> None:
-    captured, report, prefixes = found(Body(trap), (torch.randint(0, 50, (3, 7)),), ids="P")
-    assert len(report.sites) == 2
-    if columns is None:
-        assert prefixes == []
-    elif trap == "bidirectional":
-        assert [(p.path, p.columns) for p in prefixes] == [(report.sites[0].path, "P")]
-    else:
-        assert [(p.path, p.columns) for p in prefixes] == [("", columns)]
-    claims = shared_rows(captured.graph, report.sites, {"ids": sympy.Symbol("P")})
+TRAPS: dict[str, str | None] = {
+    "none": "P", "flattened rows": "P", "causal convolution": "P", "running sum": "P", "centred convolution": "P - 1",
+    "first token": None, "mean over tokens": None, "row numbers": None, "running sum over rows": None, "backwards": None,
+    "last token": None, "bidirectional": None,
+}  # fmt: skip
+"""Shared columns of the keys and values of the second layer, of P shared tokens."""
+
+
+def test_what_mixes_columns_or_rows_ends_a_prefix() -> None:
+    captured, report, prefixes = found(
+        Every({trap: Body(trap) for trap in TRAPS}), (torch.randint(0, 50, (3, 7)),), x="P"
+    )
+    assert len(report.sites) == 2 * len(TRAPS)
+    second = {prefix.path.removesuffix("#1"): prefix.columns for prefix in prefixes if prefix.path.endswith("#1")}
+    assert [second.get(f"models.{n}") for n in range(len(TRAPS))] == list(TRAPS.values())
+    claims = shared_rows(captured.graph, report.sites, {"x": sympy.Symbol("P")})
     ids = torch.randint(0, 50, (4, 8))
     ids[:, :5] = ids[:1, :5]
     assert not violations(captured, claims, (ids,), P=5)

@@ -23,16 +23,16 @@ Node = torch.fx.Node
 def find_prefixes(
     module: torch.fx.GraphModule, sites: Sequence[Site], declared: Mapping[str, sympy.Basic] | None = None
 ) -> list[Prefix]:
-    """One prefix of the whole network when queries, keys and values of every site share it; else one per site that does.
+    """One prefix of the whole network when every site shares it, result included; else one per site that does.
 
     module: a captured graph with recorded values.  declared: inputs whose rows agree in so many leading columns.
     """
     claims = shared_rows(module, sites, declared)
-    whole = [_common(claims, [operand for site in sites for operand in (site.q, site.k, site.v)])] if sites else []
-    if whole and whole[0] is not None:
-        return [
-            _prefix("", whole[0], claims, f"queries, keys and values of all {len(sites)} sites agree in these columns")
-        ]
+    if sites and all(site.out in claims for site in sites):
+        whole = _common(claims, [operand for site in sites for operand in (site.q, site.k, site.v)])
+        if whole is not None:
+            where = f"queries, keys, values and results of all {len(sites)} sites agree in these columns"
+            return [_prefix("", whole, claims, where)]
     found = []
     for site in sites:
         claim = _common(claims, [site.k, site.v])
