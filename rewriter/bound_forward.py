@@ -56,7 +56,7 @@ class BoundForward:
         return copied
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs, why = self._inputs(args, kwargs)
+        inputs, why = self.bound_inputs(args, kwargs)
         why = why or self.capture.guards.broken(inputs) or self._stale()
         if why is not None:
             if why not in self.warned:
@@ -93,7 +93,8 @@ class BoundForward:
         parameter = self.signature.parameters.get(name)
         return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str | None]:
+    def bound_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str | None]:
+        """The tensors of a call in the order of the graph, or why it is not the captured call."""
         if isinstance(self.root, ProgramModule):
             return ordered_inputs(self.capture, args, kwargs), None
         if name := self.capture.objects.unlike(args, kwargs):

@@ -1,9 +1,9 @@
-"""`@subquad.rewrite(...)` on an nn.Module class: instances rewrite themselves at their first call."""
+"""`@subquad.rewrite(...)` on an nn.Module class, whose instances rewrite themselves, or on a function with a decoding loop."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -13,19 +13,24 @@ from subquad.ir.errors import SubquadError
 PENDING = "_subquad_pending"
 
 
-def decorate(
-    target: type[nn.Module] | None, *, passes: Any, where: str | None, verify: bool
-) -> type[nn.Module] | Callable[[type[nn.Module]], type[nn.Module]]:
-    """Decorate a class now, or return the decorator when called with options only.
+def decorate(target: Any, *, passes: Any, where: str | None, verify: bool) -> Any:
+    """Decorate a class or a function now, or return the decorator when called with options only.
 
-    The class itself, its name and its state_dict keys stay; each instance captures itself with the arguments of its first
+    A function or method that holds a decoding loop keeps its signature and its tokens (see `loop_decoration`).  Of a class
+    its name and its state_dict keys stay; each instance captures itself with the arguments of its first
     call in eval mode and runs rewritten from then on.  Calls in training mode run the original forward.
-    Raises SubquadError when the decorated thing is not an nn.Module class.
+    Raises SubquadError when the decorated thing is neither, and for passes of attention sites on a function.
     """
 
-    def decorator(cls: type[nn.Module]) -> type[nn.Module]:
+    def decorator(cls: Any) -> Any:
+        if isinstance(cls, FunctionType):
+            if passes is not None or where is not None:
+                raise SubquadError(f"{cls.__qualname__} is a function with a loop; passes and patterns are for models.")
+            from subquad.loop_decoration import decorate_function
+
+            return decorate_function(cls)
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise SubquadError(f"@subquad.rewrite decorates nn.Module classes; {cls!r} is none.")
+            raise SubquadError(f"@subquad.rewrite decorates nn.Module classes and functions; {cls!r} is neither.")
         original = cls.forward
 
         @functools.wraps(original)

@@ -6,6 +6,7 @@ import fnmatch
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from types import FunctionType
 from typing import Any, overload
 
 from torch import nn
@@ -97,7 +98,7 @@ def rewrite(model: None = None, *, passes: Passes = ..., where: str | None = ...
 
 
 def rewrite(
-    model: nn.Module | ExportedProgram | type[nn.Module] | None = None,
+    model: nn.Module | ExportedProgram | type[nn.Module] | FunctionType | None = None,
     *,
     passes: Passes = None,
     where: str | None = None,
@@ -105,17 +106,17 @@ def rewrite(
     plan: Plan | str | None = None,
     verify: bool = True,
 ) -> Any:
-    """Rewrite a model in place and return it, or decorate an nn.Module class so that its instances rewrite themselves.
+    """Rewrite a model in place and return it, or decorate a class whose instances rewrite themselves, or a decoding loop.
 
-    model: nn.Module, ExportedProgram or fx GraphModule; None or a class makes this a decorator.  passes: one or several
-    written passes ("fuse", "linearize:lolcats(window=64)"); None applies the exact ones wherever the cost model predicts a
-    gain at the example inputs' sizes, and lists the other sites in `report.declined`.  where: a pattern for module paths
-    (`model.layers.*`).  plan: a Plan or its text, instead of passes.  verify: measure every rewrite against the
-    original and roll back what breaks its contract.  The module keeps its class, parameter objects and names; its
+    model: nn.Module, ExportedProgram or fx GraphModule; None, a class or a function makes this a decorator.
+    passes: one or several written passes ("fuse", "linearize:lolcats(window=64)"); None applies the exact ones wherever the
+    cost model predicts a gain at the example inputs' sizes, and lists the other sites in `report.declined`.
+    where: a pattern for module paths (`model.layers.*`).  plan: a Plan or its text, instead of passes.  verify: measure every
+    rewrite against the original and roll back what breaks its contract.  The module keeps its class, parameter objects and names; its
     `report` attribute tells what was done.
     Raises PassError, SelectionError, PlanError or CaptureError for a user's mistake; then nothing was changed.
     """
-    if model is None or isinstance(model, type):
+    if model is None or isinstance(model, (type, FunctionType)):
         from subquad.decoration import decorate
 
         return decorate(model, passes=passes, where=where, verify=verify)

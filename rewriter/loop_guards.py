@@ -1,0 +1,97 @@
+"""What must hold before a loop's model calls are answered by a decoder; run once per loop, on the arguments of its first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from subquad.runtime.prefix_call import PrefixCall
+from subquad.step_model import StepModel, dropping, versions
+
+
+class Broken(Exception):
+    """A guard that failed; `guard` is its name, the message one sentence."""
+
+    def __init__(self, guard: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.guard = guard
+
+
+Call = Callable[..., Any]
+
+
+def deterministic(root: nn.Module, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str:
+    """Two calls are equal, draw no random numbers and write to no buffer; says so, or raises Broken."""
+    if root.training and dropping(root):
+        raise Broken("determinism", "the model is in training mode with dropout; call model.eval() first.")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        before, marks = torch.get_rng_state(), versions(root)
+        again = original(*args, **kwargs)
+        if not torch.equal(before, torch.get_rng_state()):
+            because = ", because it is in training mode; call model.eval() first" if root.training else ""
+            raise Broken("determinism", f"the model draws random numbers when it is called{because}.")
+        if versions(root) != marks:
+            raise Broken("determinism", "the model writes to its own buffers when it is called.")
+    pairs = zip(_tensors(out), _tensors(again), strict=True)
+    if not all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs):
+        raise Broken("determinism", "two calls of the model on the same tokens differ.")
+    return "determinism: two calls equal, no random numbers, no buffer written"
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def checked(step: StepModel, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[str]:
+    """The decoder's rows are the model's: at once, after a step, after a rollback; and later tokens change none.
+
+    out: what the model returned for these arguments.  Returns what was seen; raises Broken with the first guard that fails.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return _rows(step, original, args, kwargs, out)
+
+
+def _rows(step: StepModel, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[str]:
+    inputs, why = step.bound(args, kwargs)
+    if why is not None:
+        raise Broken("arguments", f"the call is not the captured one: {why}.")
+    ids, mask = inputs[0], inputs[1] if len(inputs) > 1 else None
+    last = ids.shape[1] - 1
+    prefix = PrefixCall(step.decoder.engine)
+    want = step.last_row(out)
+    whole = prefix.row(ids, mask, last)
+    _same(step, whole, want, "multi-row", "the decoder's row after a prefill")
+    if step.rows.kept == "all" and last > 0:
+        changed = ids.clone()
+        changed[:, -1] = (ids[:, -1] + 1) % step.vocabulary
+        earlier = step.logits(original(*_replaced(args, ids, changed), **_named(kwargs, ids, changed)))[:, :-1]
+        _same(step, earlier, step.logits(out)[:, :-1], "causality", "rows before a token that was changed")
+    for index in range(max(0, last - 2), last + 1):
+        stepped = prefix.row(ids, mask, index)
+    _same(step, stepped, want, "multi-row", "the decoder's row after single steps")
+    junk = torch.cat([ids, (ids[:, -1:] + 1) % step.vocabulary], 1)
+    if step.decoder.programs.layout.limit is None or junk.shape[1] <= step.decoder.programs.layout.limit:
+        longer = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, -1:])], 1)
+        prefix.row(junk, longer, last + 1)
+    _same(step, prefix.row(ids, mask, last), want, "rollback", "the decoder's row after a rollback")
+    return [
+        "causality: every operation outside attention is token by token, every mask is causal (proved on the graph)",
+        f"multi-row and rollback: rows agree to {(whole - want).abs().max():.1e}",
+    ]
+
+
+def _same(step: StepModel, found: Tensor, want: Tensor, guard: str, what: str) -> None:
+    if not step.alike(found, want):
+        raise Broken(guard, f"{what} differ from the model's by {(found - want).abs().max():.1e}.")
+
+
+def _replaced(args: tuple[Any, ...], old: Tensor, new: Tensor) -> tuple[Any, ...]:
+    return tuple(new if value is old else value for value in args)
+
+
+def _named(kwargs: dict[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:
+    return {key: new if value is old else value for key, value in kwargs.items()}

@@ -1,0 +1,237 @@
+"""Run a user's loop with its model's calls answered from a decoder: guards first, then row by row."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subquad.ir.errors import CaptureError, SubquadError, first_line
+from subquad.ir.loop import Slot
+from subquad.loop_guards import Broken, checked, deterministic
+from subquad.runtime.lazy_logits import LazyLogits
+from subquad.runtime.prefix_call import PrefixCall
+from subquad.step_model import StepModel, step_model
+
+COMPARED = 3
+"""Calls of a loop that are answered by the model itself while the decoder's rows are compared with its."""
+REBUILT = 2
+"""How often a model whose parameters changed between calls is captured again."""
+
+
+@dataclass
+class LoopModel:
+    """What is known of the model of one loop.
+
+    uses, kept: how the loop reads the call's result, and where values of the logits leave it (see `Reading`).
+    step: the decoder behind the calls, None before the first call.  refused: (guard, sentence) that keeps the original
+    loop.  passed: the guards that held, in words.  answered, original: calls by who answered them.
+    """
+
+    root: nn.Module
+    uses: frozenset[str]
+    kept: Slot | None
+    step: StepModel | None = None
+    refused: tuple[str, str] | None = None
+    passed: list[str] = field(default_factory=list)
+    compared: int = 0
+    built: int = 0
+    answered: int = 0
+    original: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for the report, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+
+class LoopRun:
+    """One execution of a user's loop."""
+
+    def __init__(self, model: LoopModel) -> None:
+        self.model = model
+        self.prefix: PrefixCall | None = None
+
+    def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of one call of the model."""
+        model = self.model
+        why = self._why_original(kwargs)
+        if model.refused is None and why is None and model.step is None:
+            return self._first(original, args, kwargs)
+        inputs: list[Tensor] = []
+        if model.refused is None and why is None and model.step is not None:
+            inputs, why = model.step.bound(args, kwargs)
+        if model.refused is not None or why is not None or model.step is None:
+            if why is not None:
+                model.note(f"some calls ran the model itself: {why}")
+            model.original += 1
+            return original(*args, **kwargs)
+        if self.prefix is None or self.prefix.engine is not model.step.decoder.engine:
+            self.prefix = PrefixCall(model.step.decoder.engine)
+        if model.compared < COMPARED:
+            return self._compared(original, args, kwargs, inputs)
+        model.answered += 1
+        ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
+        return model.step.returned(_logits(self.prefix, model.step, ids, mask, lambda: original(*args, **kwargs)))
+
+    def _why_original(self, kwargs: dict[str, Any]) -> str | None:
+        """Why this call cannot be answered; forgets a decoder whose model changed."""
+        model = self.model
+        if torch.is_grad_enabled() and model.kept is not None and any(p.requires_grad for p in model.root.parameters()):
+            return (
+                f"gradients may flow through `{model.kept.detail}` ({model.kept.source}); decode under torch.no_grad()"
+            )
+        if model.step is not None and (why := model.step.changed()) is not None:
+            model.step, self.prefix, model.compared = None, None, 0
+            if model.built > REBUILT:
+                model.refused = "determinism", f"{why}, again and again"
+            return why
+        return None
+
+    def _first(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first call: the model answers, and is captured, derived and tested beside it."""
+        model = self.model
+        model.original += 1
+        model.built += 1
+        kept = _copies(args), {key: _copies(value) for key, value in kwargs.items()}
+        out = original(*args, **kwargs)
+        try:
+            held = deterministic(model.root, original, *kept, out)
+            model.step = step_model(model.root, *kept, out)
+            _readable(model.step, model.uses)
+            model.passed = [held, *checked(model.step, original, *kept, out)]
+        except Broken as broken:
+            model.step, model.refused = None, (broken.guard, str(broken))
+        except SubquadError as error:
+            guard = "capture" if isinstance(error, CaptureError) else "causality"
+            model.step, model.refused = None, (guard, first_line(error) + ".")
+        return out
+
+    def _compared(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]
+    ) -> Any:
+        """A call that the model answers while the decoder's row is compared with its."""
+        model, step = self.model, self.model.step
+        assert step is not None
+        assert self.prefix is not None
+        model.original += 1
+        ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
+        out = original(*args, **kwargs)
+        try:
+            row = self.prefix.row(ids, mask, ids.shape[1] - 1)
+        except SubquadError as error:
+            model.note(f"some calls ran the model itself: {first_line(error)}")
+            return out
+        want = step.last_row(out)
+        if not step.alike(row, want):
+            model.step, model.refused = None, (
+                "loop equality", f"a row of the decoder differs from the model's by {(row - want).abs().max():.1e}."
+            )  # fmt: skip
+        model.compared += 1
+        return out
+
+
+def _readable(step: StepModel, uses: frozenset[str]) -> None:
+    """Raises Broken when the loop may read more of the call's result than the logits."""
+    allowed = {(): None, "logits": {"logits", "item 0"}}.get(step.place, {f"item {step.place}"})
+    if allowed is not None and not uses <= allowed:
+        odd = ", ".join(sorted(uses - allowed))
+        raise Broken("result", f"the loop reads the model's result as {odd}, which is more than its logits.")
+
+
+def _copies(value: Any) -> Any:
+    """A tensor's copy; the caller may write to it once the call is over."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _logits(
+    prefix: PrefixCall, step: StepModel, ids: Tensor, mask: Tensor | None, original: Callable[[], Any]
+) -> Tensor:
+    """The call's logits, to be computed when they are read."""
+    last = ids.shape[1] - 1
+
+    def whole() -> Tensor:
+        with _inactive():
+            found: Tensor = step.logits(original())
+        return found
+
+    def read(index: int) -> Tensor:
+        try:
+            return prefix.row(ids, mask, last if step.rows.kept != "all" else index)
+        except SubquadError:
+            return whole()[:, index].clone()
+
+    if step.rows.kept == "last, flat":
+        return read(last)
+    rows = ids.shape[1] if step.rows.kept == "all" else 1
+    return LazyLogits(read, whole, (ids.shape[0], rows, step.vocabulary), step.dtype, ids.device)
+
+
+_RUN: ContextVar[LoopRun | None] = ContextVar("subquad_loop_run", default=None)
+_LOCK = threading.Lock()
+_BINDING = "_subquad_loop_forward"
+
+
+class _Answering:
+    """The forward of a model while some loop over it runs: only the calls of that loop's own thread are answered."""
+
+    def __init__(self, root: nn.Module, previous: Any) -> None:
+        import inspect
+
+        self.root, self.previous, self.count = root, previous, 0
+        self.__signature__ = inspect.signature(previous)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = _RUN.get()
+        if run is None or run.model.root is not self.root:
+            return self.previous(*args, **kwargs)
+        with _inactive():
+            return run.call(self.previous, args, kwargs)
+
+
+@contextlib.contextmanager
+def _inactive() -> Iterator[None]:
+    token = _RUN.set(None)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
+
+
+@contextlib.contextmanager
+def bound(root: nn.Module) -> Iterator[None]:
+    """Inside the block the model's calls go through whichever loop runs in the calling thread."""
+    with _LOCK:
+        held = root.__dict__.get("forward")
+        answering = held if isinstance(held, _Answering) else _Answering(root, root.forward)
+        answering.count += 1
+        root.__dict__["forward"] = answering
+        had = held is not None and held is not answering
+        if had:
+            answering.__dict__["held"] = held
+    try:
+        yield
+    finally:
+        with _LOCK:
+            answering.count -= 1
+            if answering.count == 0 and root.__dict__.get("forward") is answering:
+                del root.__dict__["forward"]
+                if "held" in answering.__dict__:
+                    root.__dict__["forward"] = answering.__dict__["held"]
+
+
+@contextlib.contextmanager
+def active(run: LoopRun) -> Iterator[None]:
+    """Inside the block the current thread's calls of the run's model are answered by the run."""
+    token = _RUN.set(run)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)

@@ -1,0 +1,230 @@
+"""The model of a loop as something that answers its calls from a decoder: capture, every row, exact operators, derivation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subquad.application import original_forward, rewritten
+from subquad.bound_forward import BoundForward, own_hooks_lifted
+from subquad.capture import Capture, capture
+from subquad.capture_guards import fixed_size
+from subquad.decoder import Decoder
+from subquad.every_row import Rows, with_every_row
+from subquad.incremental import decoder
+from subquad.ir.errors import CaptureError
+from subquad.ir.graph import value_of
+from subquad.ir.report import Report
+from subquad.pass_spec import parse_passes
+from subquad.recognition import recognise
+from subquad.replacement import replacement, rewritten_capture
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+"""How far two orders of summation may lie apart, as a part of the largest logit."""
+SHORTEST = 8
+"""Columns of the example a model is captured with: an axis of one element would be fixed at it."""
+
+
+@dataclass
+class StepModel:
+    """A causal model whose calls on ids [B, T] can be answered row by row.
+
+    call: binds the arguments of a call to the captured inputs.  rows: which rows the forward itself returns.
+    place: where the logits lie in what it returns: () for itself, an index, or an attribute's name.
+    template: what one call returned, its tensors aside.  versions: the parameters as they were captured.
+    """
+
+    root: nn.Module
+    decoder: Decoder
+    call: BoundForward
+    rows: Rows
+    place: Any
+    template: Any
+    vocabulary: int
+    dtype: torch.dtype
+    versions: list[tuple[int, int]]
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], str | None]:
+        """The ids, and the mask if the model takes one, of a call; or why it is not the captured one."""
+        inputs, why = self.call.bound_inputs(args, without_cache(self.root, kwargs))
+        return inputs, why or self.call.capture.guards.broken(inputs)
+
+    def changed(self) -> str | None:
+        """Why the decoder is no longer the model's: parameters were trained or replaced, or it was put in training mode."""
+        if self.root.training and dropping(self.root):
+            return "the model is in training mode with dropout"
+        if versions(self.root) != self.versions:
+            return "the model's parameters changed since it was captured"
+        return None
+
+    def logits(self, out: Any) -> Tensor:
+        """The logits in what the forward returned."""
+        found = out if self.place == () else out[self.place]
+        assert isinstance(found, Tensor)
+        return found
+
+    def last_row(self, out: Any) -> Tensor:
+        """The logits [B, V] of the last token in what the forward returned."""
+        found = self.logits(out)
+        return found if found.dim() == 2 else found[:, -1]
+
+    def alike(self, found: Tensor, want: Tensor) -> bool:
+        """True when rows differ by no more than two roundings of such a model may: a part of the largest logit."""
+        allowed = TOLERANCE[self.dtype] * max(1.0, float(want.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
+        return bool(((found == want) | ((found - want).abs() <= allowed)).all())
+
+    def returned(self, logits: Tensor) -> Any:
+        """What the forward returns, with these logits in their place."""
+        if self.place == ():
+            return logits
+        made = copy.copy(self.template)
+        if isinstance(self.place, int):
+            return type(made)([*made[: self.place], logits, *made[self.place + 1 :]])
+        made[self.place] = logits
+        return made
+
+
+HELD = "_subquad_loops"
+"""Instance attribute of a module that loops decode with; see `Held`."""
+
+
+class Held:
+    """What loops know of a module, for as long as it lives: its step models, and a record for each decorated function."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepModel] = []
+        self.loops: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        """A copied module starts anew."""
+        return Held()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, ()
+
+
+def held(root: nn.Module) -> Held:
+    """What is known of a module."""
+    found = root.__dict__.setdefault(HELD, Held())
+    assert isinstance(found, Held)
+    return found
+
+
+def step_model(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> StepModel:
+    """The step model behind a module's call, which returned `out`; one that was made before is used again.
+
+    Raises CaptureError or NotIncremental with the sentence why its calls cannot be answered row by row.
+    """
+    known = held(root)
+    known.steps = [step for step in known.steps if step.versions == versions(root)]
+    place, _ = _place(out)
+    for step in known.steps:
+        if step.place == place and step.bound(args, kwargs)[1] is None:
+            return step
+    known.steps.append(_made(root, args, kwargs, out))
+    return known.steps[-1]
+
+
+def _made(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> StepModel:
+    place, template = _place(out)
+    record = rewritten(root)
+    given = without_cache(root, kwargs)
+    example = _example(args, given)
+    if record is not None:
+        captured = applied = record.applied
+    else:
+        with original_forward(root), own_hooks_lifted(root):
+            captured = capture(root, example)
+        _any_length(captured)
+        applied = _with_operators(captured)
+    every, rows = with_every_row(applied)
+    made = decoder(every)
+    logits = out if place == () else out[place]
+    return StepModel(
+        root,
+        made,
+        BoundForward(root, captured),
+        rows,
+        place,
+        template,
+        int(logits.shape[-1]),
+        logits.dtype,
+        versions(root),
+    )
+
+
+def _any_length(captured: Capture) -> None:
+    """Raises CaptureError when the graph holds for one number of tokens only."""
+    for node in captured.graph.graph.nodes:
+        value = value_of(node) if node.op == "placeholder" else None
+        if isinstance(value, Tensor) and value.dim() == 2 and fixed_size(value.shape[1]) is not None:
+            notes = "; ".join(note.rstrip(".") for note in captured.notes) or f"`{node.name}` has one size"
+            raise CaptureError(
+                f"the forward computes with the number of tokens, so its graph holds for one number only: {notes}"
+            )
+
+
+def _with_operators(captured: Capture) -> Capture:
+    """The capture with the exact operator at every attention site."""
+    report = recognise(captured, Report())
+    (fuse,) = parse_passes("fuse")
+    taken = []
+    for site in report.sites:
+        if (refusal := fuse.admits(site)) is not None:
+            raise CaptureError(f"{refusal}")
+        taken.append(replacement(captured.root, site, fuse))
+    return rewritten_capture(captured, tuple(taken))
+
+
+def without_cache(root: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments with `use_cache=False` where the forward takes it and no cache is given."""
+    if "use_cache" in inspect.signature(type(root).forward).parameters and kwargs.get("past_key_values") is None:
+        return {**kwargs, "use_cache": False}
+    return kwargs
+
+
+def _example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with token tensors repeated to a length that may become symbolic."""
+
+    def long(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
+            repeats = -(-SHORTEST // value.shape[1]) if value.shape[1] else 1
+            return value.repeat(1, repeats)[:, :SHORTEST] if value.shape[1] < SHORTEST else value.clone()
+        return value
+
+    return tuple(long(v) for v in args), {key: long(v) for key, v in kwargs.items()}
+
+
+def _place(out: Any) -> tuple[Any, Any]:
+    """Where the logits lie in an output, and that output without its tensors."""
+    if isinstance(out, Tensor):
+        return (), None
+    if isinstance(out, (tuple, list)) and type(out) in (tuple, list):
+        places = [n for n, item in enumerate(out) if _is_logits(item)]
+        if places:
+            return places[0], type(out)(None if isinstance(item, Tensor) else item for item in out)
+    if isinstance(out, dict) and _is_logits(out.get("logits")):
+        bare = type(out)()
+        return "logits", bare
+    raise CaptureError(f"the model returns a {type(out).__name__} in which the logits are not found.")
+
+
+def _is_logits(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3)
+
+
+def dropping(root: nn.Module) -> bool:
+    """True when some dropout layer is in training mode."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in root.modules())
+
+
+def versions(root: nn.Module) -> list[tuple[int, int]]:
+    """A mark of every parameter and buffer that changes when it is written to or replaced."""
+    tensors = [*root.parameters(), *root.buffers()]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

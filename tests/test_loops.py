@@ -1,0 +1,186 @@
+"""Decoding loops in other people's styles: rewritten with identical tokens and random numbers, or refused with reason and line."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+import random
+from concurrent.futures import ThreadPoolExecutor
+from types import GeneratorType
+from typing import Any
+
+import pytest
+import torch
+from loops import plain, traps
+from loops.case import Case
+
+import subquad
+from subquad.ir.errors import SubquadError
+from subquad.ir.refusal import Refusal
+from subquad.passes.recognize.loop_function import read_loop
+
+SHARED: dict[Any, Any] = {}
+"""Models of loops that must be rewritten: they are captured once."""
+CASES = [*plain.CASES, *traps.CASES]
+
+
+def model_of(case: Case) -> Any:
+    torch.manual_seed(1)
+    if case.refused is not None:
+        return case.model().train(case.training)
+    if case.model not in SHARED:
+        SHARED[case.model] = case.model().eval()
+    return SHARED[case.model]
+
+
+def run(function: Any, model: Any, ids: torch.Tensor, case: Case, capsys: Any) -> tuple[Any, ...]:
+    """Everything that can be seen of one run: result, random streams, output."""
+    torch.manual_seed(5)
+    random.seed(5)
+    with torch.no_grad():
+        out = function(model, ids.clone(), **case.arguments)
+        out = list(out) if isinstance(out, GeneratorType) else out
+    return out, torch.get_rng_state(), random.getstate(), capsys.readouterr().out
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        exact = not a.is_floating_point()
+        return a.shape == b.shape and (torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-4))
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_loop_gives_the_same_tokens_or_a_reason(case: Case, capsys: Any) -> None:
+    model = model_of(case)
+    twin = copy.deepcopy(model)
+    fast = subquad.rewrite(case.function)
+    for length in (1, 3, case.longest) if case.longest > 9 else (3, case.longest):
+        ids = torch.randint(8, 41, (case.batch, length))
+        want = run(case.function, twin, ids, case, capsys)
+        got = run(fast, model, ids, case, capsys)
+        assert same(got, want)
+    assert "forward" not in model.__dict__
+    report = fast.report
+    if case.refused is None:
+        assert not report.refusals, report.refusals
+        assert report.applied
+        assert "answered by the decoder" in " ".join(report.notes)
+        odd = [note for note in report.notes if "ran the model itself" in note and "captured for sizes" not in note]
+        assert not odd
+    else:
+        slot, words, line = case.refused
+        (refusal,) = report.refusals
+        assert refusal.what == f"loop: {slot}", refusal
+        assert words in refusal.reason
+        file, _, number = refusal.source.rpartition(":")
+        assert file == inspect.getsourcefile(case.function)
+        assert line in linecache.getline(file, int(number))
+    for name, kind in case.reads.items():
+        slot = getattr(report.loops[0], name)
+        kinds = [s.kind for s in slot] if isinstance(slot, tuple) else [slot.kind]
+        assert kind in kinds, (name, kinds)
+
+
+def test_a_loop_over_two_modules_is_refused() -> None:
+    pair = [plain.decoder().eval(), plain.decoder().eval()]
+    two = read_loop(apart, {"large": pair[0], "small": pair[1]})
+    assert isinstance(two, Refusal)
+    assert two.what == "loop: model"
+    assert "`large`" in two.reason
+    assert "`small`" in two.reason
+
+
+def apart(large: Any, small: Any, ids: torch.Tensor) -> torch.Tensor:
+    for _ in range(3):
+        row = large(ids)[:, -1] - small(ids)[:, -1]
+        ids = torch.cat([ids, row.argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def scored(model: Any, ids: torch.Tensor, count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = []
+    for _ in range(count):
+        row = model(ids)[:, -1].log_softmax(-1)
+        best = row.argmax(-1, keepdim=True)
+        kept.append(row.gather(1, best))
+        ids = torch.cat([ids, best], 1)
+    return ids, torch.cat(kept, 1)
+
+
+def test_gradients_through_kept_scores_keep_the_original_loop() -> None:
+    model, fast = model_of(traps.CASES[0]), subquad.rewrite(scored)
+    ids = torch.randint(0, 41, (2, 4))
+    _, scores = fast(model, ids)
+    scores.sum().backward()
+    assert model.wte.weight.grad is not None
+    assert not fast.report.applied
+    assert any("gradients may flow" in note for note in fast.report.notes)
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(model, ids)[1], scores.detach(), rtol=1e-5, atol=1e-5)
+    assert fast.report.applied
+
+
+def test_weights_that_change_between_runs_are_seen() -> None:
+    model, fast = plain.decoder().eval(), subquad.rewrite(traps.sees_both_ways)
+    ids = torch.randint(0, 41, (1, 4))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(fast(model, ids), traps.sees_both_ways(model, ids))
+            model.head.weight.normal_()
+        model.head.weight.data = torch.randn_like(model.head.weight)
+        assert torch.equal(fast(model, ids), traps.sees_both_ways(model, ids))
+
+
+def test_a_function_without_source_is_watched_once() -> None:
+    space: dict[str, Any] = {}
+    exec(inspect.getsource(traps.window_moves_positions).replace("[:, -window:]", ""), {"torch": torch}, space)
+    plainly = space["window_moves_positions"]
+    model, fast = model_of(traps.CASES[0]), subquad.rewrite(plainly)
+    ids = torch.randint(0, 41, (1, 4))
+    with torch.no_grad():
+        want = plainly(model, ids)
+        for _ in range(2):
+            assert torch.equal(fast(model, ids), want)
+    assert fast.report.applied
+    assert "recorded" in fast.report.loops[0].evidence[0]
+
+
+def test_loops_in_two_threads_do_not_meet() -> None:
+    model, fast = model_of(traps.CASES[0]), subquad.rewrite(traps.edits_what_was_written)
+    prompts = [torch.randint(0, 41, (1, n)) for n in (2, 5, 9)]
+    with torch.no_grad():
+        want = [traps.edits_what_was_written(model, ids) for ids in prompts]
+        fast(model, prompts[0])
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(torch.no_grad()(lambda ids: fast(model, ids)), prompts * 3))
+    assert all(torch.equal(a, b) for a, b in zip(got, want * 3, strict=True))
+    assert "forward" not in model.__dict__
+
+
+def test_a_loop_that_stops_by_an_exception_leaves_the_model_as_it_was() -> None:
+    def failing(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        for n in range(9):
+            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+            if n == 6:
+                raise KeyboardInterrupt
+        return ids
+
+    model, fast = model_of(traps.CASES[0]), subquad.rewrite(failing)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        fast(model, torch.randint(0, 41, (1, 4)))
+    assert "forward" not in model.__dict__
+    assert copy.deepcopy(model) is not model
+
+
+def test_coroutines_and_passes_are_mistakes() -> None:
+    async def waits() -> None: ...
+
+    with pytest.raises(SubquadError, match="coroutine"):
+        subquad.rewrite(waits)
+    with pytest.raises(SubquadError, match="passes and patterns are for models"):
+        subquad.rewrite(passes="fuse")(scored)
