@@ -111,9 +111,9 @@ def rewrite(
     model: nn.Module, ExportedProgram or fx GraphModule; None, a class or a function makes this a decorator.
     passes: one or several written passes ("fuse", "linearize:lolcats(window=64)"); None applies the exact ones wherever the
     cost model predicts a gain at the example inputs' sizes, and lists the other sites in `report.declined`.
-    where: a pattern for module paths (`model.layers.*`).  plan: a Plan or its text, instead of passes.  verify: measure every
-    rewrite against the original and roll back what breaks its contract.  The module keeps its class, parameter objects and names; its
-    `report` attribute tells what was done.
+    where: a pattern for module paths (`model.layers.*`).  plan: a Plan or its text, instead of passes.
+    verify: measure every rewrite against the original and roll back what breaks its contract.  The module keeps its class,
+    parameter objects and names; its `report` attribute tells what was done.
     Raises PassError, SelectionError, PlanError or CaptureError for a user's mistake; then nothing was changed.
     """
     if model is None or isinstance(model, (type, FunctionType)):
