@@ -17,7 +17,7 @@ from subquad.codegen.source import arguments, emit
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, recurrence_reference, softmax_attention_reference
 from subquad.kernels.recurrence_layout import arrange, complete
-from subquad.kernels.segments import check, join
+from subquad.kernels.segments import check, join, segments
 from subquad.kernels.softmax_torch import finish
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -104,7 +104,8 @@ def softmax_forward(given: dict[str, Any], schedule: Schedule = SOFTMAX) -> tupl
     )  # fmt: skip
     if o.numel():
         _launch(scheduled(spec, schedule), values, (-(-q_len // schedule.block_q), batch * heads))
-    o, lse = finish(o, lse, keys, None, what) if given["sinks"] is None else (o, lse)
+    parts = segments(k, v, given["rows"], given["lengths"], given["positions"])
+    o, lse = finish(o, lse, parts, None, what) if given["sinks"] is None else (o, lse)
     return o.to(q.dtype), lse
 
 

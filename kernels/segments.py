@@ -1,15 +1,15 @@
-"""Describes the key/value segments of a softmax attention: slots, positions, liveness, visibility, and their join."""
+"""Describes the key/value segments of a softmax attention: their slots, positions, live slots, and their join."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from subquad.kernels.evaluation import evaluate
+from subquad.kernels.sizes import surely
 
 
 @dataclass(frozen=True)
@@ -17,17 +17,83 @@ class Segment:
     """Keys and values as they are stored, and what each query row sees of them.
 
     k [Bs, Ts, Hkv, K], v [Bs, Ts, Hkv, V]; rows None (query row b reads row b), [B] or page lists [B, 1 or Hkv, P];
-    first: the slots before it; count: the slots N it gives a query row; position [1 or B, 1 or Hkv, N]; live
-    [B, 1 or Hkv, N] bool, or None where every slot is live.
+    first: the slots before it; base: the logical position of its slot 0, a number or [B, 1, 1]; lengths [B] or None;
+    places: the positions [Bs, Ts] of stored slots, or None where they count on from base.
     """
 
     k: Tensor
     v: Tensor
     rows: Tensor | None
     first: Any
-    count: Any
-    position: Tensor
-    live: Tensor | None
+    base: Any
+    lengths: Tensor | None
+    places: Tensor | None
+
+    @property
+    def paged(self) -> bool:
+        """True where rows are page lists."""
+        return self.rows is not None and self.rows.dim() == 3
+
+    @property
+    def shared_by_all(self) -> bool:
+        """True where the segment is stored once, so that all query rows read it; a symbolic size counts as more."""
+        return self.rows is not None and self.rows.dim() == 1 and surely(self.k.shape[0] == 1)
+
+    @property
+    def count(self) -> Any:
+        """Slots it gives a query row."""
+        pages = self.rows.shape[2] if self.rows is not None and self.rows.dim() == 3 else 1
+        return self.k.shape[1] * pages
+
+    def position(self) -> Tensor:
+        """Logical position [1 or B, 1 or Hkv, N] of each slot."""
+        if self.places is None:
+            return self.base + torch.arange(self.count, device=self.k.device)[None, None, :]
+        if self.rows is None:
+            return self.places[:, None, :]
+        if self.rows.dim() == 1:
+            return self.places.index_select(0, self.rows)[:, None, :]
+        found = self.places.index_select(0, self.rows.clamp_min(0).flatten())
+        return found.view(*self.rows.shape, self.k.shape[1]).flatten(2)
+
+    def live(self) -> Tensor | None:
+        """Which slots hold a key, bool [B, 1 or Hkv, N]; None where all do."""
+        live = None
+        if self.lengths is not None:
+            slots = torch.arange(self.count, device=self.k.device)
+            live = slots[None, None, :] < self.lengths[:, None, None]
+        if self.rows is not None and self.rows.dim() == 3:
+            there = (self.rows >= 0).repeat_interleave(self.k.shape[1], 2)
+            live = there if live is None else live & there
+        return live
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """(k [B, N, Hkv, K], v [B, N, Hkv, V]): copied out for every query row."""
+        if self.rows is None:
+            return self.k, self.v
+        if self.rows.dim() == 1:
+            return self.k.index_select(0, self.rows), self.v.index_select(0, self.rows)
+        return _pages(self.k, self.rows), _pages(self.v, self.rows)
+
+    def all_live(self) -> Segment:
+        """The segment without lengths."""
+        return replace(self, lengths=None)
+
+    def cut(self, count: int) -> Segment:
+        """Its first `count` slots; of page lists, the pages that hold them."""
+        if self.rows is not None and self.rows.dim() == 3:
+            return replace(self, rows=self.rows[:, :, : -(-count // max(self.k.shape[1], 1))])
+        places = None if self.places is None else self.places[:, :count]
+        return replace(self, k=self.k[:, :count], v=self.v[:, :count], places=places)
+
+
+def _pages(pool: Tensor, rows: Tensor) -> Tensor:
+    batch, groups, pages = rows.shape
+    rows = rows.clamp_min(0)
+    if groups == 1:
+        return pool.index_select(0, rows.flatten()).unflatten(0, (batch, pages)).flatten(1, 2)
+    heads = torch.arange(groups, device=rows.device)[None, :, None]
+    return pool.permute(2, 0, 1, 3)[heads, rows].flatten(2, 3).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -40,13 +106,6 @@ class Keys:
     v: Tensor
     position: Tensor
     live: Tensor | None
-
-
-def slot_counts(k: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Any]:
-    """Slots that each segment gives a query row: its own length, or pages times page size for page lists."""
-    if not rows:
-        return [key.shape[1] for key in k]
-    return [key.shape[1] * (row.shape[2] if row.dim() == 3 else 1) for key, row in zip(k, rows, strict=True)]
 
 
 def check(
@@ -107,46 +166,15 @@ def segments(
     found = []
     base: Any = 0
     first: Any = 0
-    for s, count in enumerate(slot_counts(k, rows)):
+    for s in range(len(k)):
         row = rows[s] if rows else None
-        slots = torch.arange(count, device=k[s].device)[None, None, :]
-        place = base + slots if not positions else _by_row(positions[s], row)
-        live = slots < lengths[s][:, None, None] if lengths else None
-        if row is not None and row.dim() == 3:
-            there = (row >= 0).repeat_interleave(k[s].shape[1], 2)
-            live = there if live is None else live & there
-        found.append(Segment(k[s], v[s], row, first, count, place, live))
-        base = base + (lengths[s][:, None, None] if lengths else count)
-        first = first + count
+        length = lengths[s] if lengths else None
+        places = positions[s] if positions else None
+        segment = Segment(k[s], v[s], row, first, base, length, places)
+        found.append(segment)
+        base = base + (segment.count if length is None else length[:, None, None])
+        first = first + segment.count
     return found
-
-
-def _by_row(position: Tensor, rows: Tensor | None) -> Tensor:
-    """Positions [Bs, Ts] of stored slots as [B, 1 or Hkv, N] of the slots that each query row reads."""
-    if rows is None:
-        return position[:, None, :]
-    if rows.dim() == 1:
-        return position.index_select(0, rows)[:, None, :]
-    return position.index_select(0, rows.clamp_min(0).flatten()).view(*rows.shape, position.shape[1]).flatten(2)
-
-
-def gathered(segment: Segment) -> tuple[Tensor, Tensor]:
-    """(k [B, N, Hkv, K], v [B, N, Hkv, V]): the segment copied out for every query row."""
-    rows = segment.rows
-    if rows is None:
-        return segment.k, segment.v
-    if rows.dim() == 1:
-        return segment.k.index_select(0, rows), segment.v.index_select(0, rows)
-    batch, groups, pages = rows.shape
-    flat = rows.clamp_min(0).flatten()
-    if groups == 1:
-        k, v = (x.index_select(0, flat).unflatten(0, (batch, pages)).flatten(1, 2) for x in (segment.k, segment.v))
-        return k, v
-    heads = torch.arange(groups, device=rows.device)[None, :, None]
-    k, v = (
-        x.permute(2, 0, 1, 3)[heads, rows.clamp_min(0)].flatten(2, 3).transpose(1, 2) for x in (segment.k, segment.v)
-    )
-    return k, v
 
 
 def join(
@@ -158,17 +186,17 @@ def join(
 ) -> Keys:
     """All segments, copied out for every query row and side by side."""
     parts = segments(k, v, rows, lengths, positions)
-    pairs = [gathered(part) for part in parts]
+    pairs = [part.gathered() for part in parts]
+    places, lives = [part.position() for part in parts], [part.live() for part in parts]
     if len(parts) == 1:
-        return Keys(*pairs[0], parts[0].position, parts[0].live)
-    lives = None
-    if any(part.live is not None for part in parts):
-        shown = [
-            part.live if part.live is not None else torch.ones_like(part.position, dtype=torch.bool) for part in parts
-        ]
-        lives = _side_by_side(shown)
+        return Keys(*pairs[0], places[0], lives[0])
+    live = None
+    if any(shown is not None for shown in lives):
+        live = _side_by_side(
+            [torch.ones_like(p, dtype=torch.bool) if x is None else x for p, x in zip(places, lives, strict=True)]
+        )
     keys, values = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
-    return Keys(keys, values, _side_by_side([part.position for part in parts]), lives)
+    return Keys(keys, values, _side_by_side(places), live)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
@@ -186,50 +214,3 @@ def split(joined: Tensor, like: Sequence[Tensor], rows: Sequence[Tensor]) -> lis
         torch.zeros(segment.shape, dtype=part.dtype, device=part.device).index_add_(0, row, part).to(segment.dtype)
         for part, segment, row in zip(parts, like, rows, strict=True)
     ]
-
-
-def predicate_env(
-    batch: Any, heads: int, query: Tensor, position: Tensor, operands: Sequence[Tensor], scalars: Sequence[int],
-    first: Any = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Index tensors that broadcast to [B, H, Tq, N], tables and scalars, as `evaluate` wants them.
-
-    query [1 or B, Tq], position [1 or B, 1 or Hkv, N]; first: the slots before these.
-    """
-    device = position.device
-    env: dict[str, Any] = {
-        "b": torch.arange(batch, device=device)[:, None, None, None],
-        "h": torch.arange(heads, device=device)[None, :, None, None],
-        "q": query[:, None, :, None],
-        "kv": per_head(position, heads),
-        "i": torch.arange(query.shape[1], device=device)[None, None, :, None],
-        "j": (first + torch.arange(position.shape[2], device=device))[None, None, None, :],
-    }
-    env |= {f"t{index}": table for index, table in enumerate(operands)}
-    env |= {f"s{index}": number for index, number in enumerate(scalars)}
-    return env
-
-
-def per_head(slots: Tensor, heads: int) -> Tensor:
-    """[1 or B, 1 or Hkv, N] as [1 or B, 1 or H, 1, N]."""
-    if slots.shape[1] > 1:
-        slots = slots.repeat_interleave(heads // slots.shape[1], 1)
-    return slots[:, :, None, :]
-
-
-def query_positions(q: Tensor, q_positions: Tensor | None) -> Tensor:
-    """Logical query indices [1 or B, Tq]."""
-    return torch.arange(q.shape[1], device=q.device)[None, :] if q_positions is None else q_positions
-
-
-def visibility(mask: str | None, env: dict[str, Any], seen: Tensor | None) -> Tensor | None:
-    """Bool [1 or B, 1 or H, 1 or Tq, N] of the pairs seen, or None where every pair is; seen: [.., N], which slots live."""
-    if mask is None:
-        return seen
-    holds = evaluate(mask, env)
-    if not isinstance(holds, Tensor):
-        holds = torch.full_like(env["kv"], bool(holds), dtype=torch.bool)
-    while holds.dim() < 4:
-        holds = holds[None]
-    holds = holds.expand(*holds.shape[:3], env["kv"].shape[-1])
-    return holds if seen is None else holds & seen

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.kernels.segments import join, per_head, predicate_env, query_positions, split, visibility
+from subquad.kernels.segments import join, split
 from subquad.kernels.softmax_torch import compute_dtype, scores
 from subquad.kernels.spec import SoftmaxSpec
+from subquad.kernels.visibility import per_head, predicate_env, query_positions, visibility
 
 ROWS = 512
 """Query rows handled at once; memory is O(ROWS * keys)."""
@@ -49,8 +50,8 @@ def softmax_attention_backward(
     dsinks = None if sinks is None else torch.zeros(kv_heads, q.shape[2] // kv_heads, dtype=dtype, device=q.device)
     for start in range(0, q.shape[1], ROWS):
         part = slice(start, min(start + ROWS, q.shape[1]))
-        env = predicate_env(q.shape[0], q.shape[2], query, keys.position, operands, scalars)
-        env |= {name: env[name][:, :, part] for name in ("q", "i")}
+        env = predicate_env(what.mask or "True", q.shape[0], q.shape[2], query, keys.position, operands, scalars)
+        env |= {name: env[name][:, :, part] for name in ("q", "i") if name in env}
         local_bias = None if bias is None else (bias[:, :, part] if bias.shape[2] > 1 else bias)
         visible = visibility(what.mask, env, None if keys.live is None else per_head(keys.live, q.shape[2]))
         score = scores(q[:, part], keys.k, what, visible, local_bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.evaluation import evaluate
-from subquad.kernels.segments import slot_counts
+from subquad.kernels.segments import segments
 from subquad.kernels.spec import SoftmaxSpec
 
 
@@ -35,7 +35,7 @@ def softmax_attention_reference(
     group = heads // k[0].shape[2]
     out = torch.empty(batch, q_len, heads, v[0].shape[3], dtype=torch.float64)
     lses = torch.empty(batch, q_len, heads, dtype=torch.float64)
-    slots = sum(slot_counts(k, rows))
+    slots = sum(part.count for part in segments(k, v, rows, lengths, positions))
     full_bias = None if bias is None else bias.double().expand(batch, heads, q_len, slots)
     for row in range(batch):
         for kv_head in range(k[0].shape[2]):
@@ -80,8 +80,8 @@ def _live_slots(
     """(k [n, K], v [n, V], logical positions [n], slots in the joined segments [n]) that one batch row and KV head has."""
     found: list[tuple[Tensor, Tensor, int, int]] = []
     logical = first = 0
-    for s, count in enumerate(slot_counts(k, rows)):
-        size = k[s].shape[1]
+    for s, part in enumerate(segments(k, v, rows, lengths, positions)):
+        size, count = k[s].shape[1], part.count
         live = int(lengths[s][row]) if lengths else count
         for slot in range(live):
             source, place = row, slot

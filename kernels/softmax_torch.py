@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from subquad.kernels.segments import Keys, check, join, per_head, predicate_env, query_positions, visibility
-from subquad.kernels.sizes import guarded
+from subquad.kernels.segments import Segment, check, segments
+from subquad.kernels.sizes import guarded, surely
 from subquad.kernels.spec import SoftmaxSpec
+from subquad.kernels.state import merge_all
+from subquad.kernels.visibility import per_head, predicate_env, query_positions, visibility
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -57,7 +60,9 @@ def dense_state(
     return mixed.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
 
 
-def finish(o: Tensor, lse: Tensor, keys: Keys, sinks: Tensor | None, spec: SoftmaxSpec) -> tuple[Tensor, Tensor]:
+def finish(
+    o: Tensor, lse: Tensor, parts: Sequence[Segment], sinks: Tensor | None, spec: SoftmaxSpec
+) -> tuple[Tensor, Tensor]:
     """Add the sinks to a state and give rows without a key the output spec.empty_rows asks for; o in lse's dtype or
     lower.
     """
@@ -69,18 +74,23 @@ def finish(o: Tensor, lse: Tensor, keys: Keys, sinks: Tensor | None, spec: Softm
     empty = (lse == -torch.inf)[..., None]
     if spec.empty_rows == "nan":
         return torch.where(empty, torch.full_like(o, torch.nan), o), lse
-    return torch.where(empty, mean_value(keys, o).to(o.dtype), o), lse
+    return torch.where(empty, mean_value(parts, o).to(o.dtype), o), lse
 
 
-def mean_value(keys: Keys, o: Tensor) -> Tensor:
+def mean_value(parts: Sequence[Segment], o: Tensor) -> Tensor:
     """Mean [B, 1, H, V] of the live values each query head reads; 0 where none is live."""
-    value = keys.v.to(compute_dtype(keys.v))
-    if keys.live is None:
-        mean = value.sum(1, keepdim=True) / torch.scalar_tensor(value.shape[1], device=value.device).clamp_min(1)
-    else:
-        live = keys.live.transpose(1, 2)[..., None].to(value.dtype)
-        mean = (value * live).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp_min(1)
-    return mean.repeat_interleave(o.shape[2] // value.shape[2], 2)
+    total: Any = 0.0
+    count: Any = 0.0
+    for part in parts:
+        value, live = part.gathered()[1], part.live()
+        value = value.to(compute_dtype(value))
+        if live is None:
+            total, count = total + value.sum(1, keepdim=True), count + value.shape[1]
+        else:
+            shown = live.transpose(1, 2)[..., None].to(value.dtype)
+            total, count = total + (value * shown).sum(1, keepdim=True), count + shown.sum(1, keepdim=True)
+    mean: Tensor = total / torch.as_tensor(count, dtype=total.dtype, device=o.device).clamp_min(1)
+    return mean.repeat_interleave(o.shape[2] // mean.shape[2], 2)
 
 
 def softmax_attention_torch(
@@ -102,9 +112,42 @@ def softmax_attention_torch(
     """
     what = SoftmaxSpec.parse(spec)
     check(q, k, v, rows, lengths, positions)
-    keys = join(k, v, rows, lengths, positions)
-    env = predicate_env(q.shape[0], q.shape[2], query_positions(q, q_positions), keys.position, operands, scalars)
-    visible = visibility(what.mask, env, None if keys.live is None else per_head(keys.live, q.shape[2]))
-    o, lse = dense_state(q, keys.k, keys.v, what, visible, bias)
-    o, lse = finish(o, lse, keys, sinks, what)
+    bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
+    parts = segments(k, v, rows, lengths, positions)
+    states = [_segment_state(q, part, what, q_positions, bias, operands, scalars) for part in parts]
+    o, lse = merge_all(*zip(*states, strict=True)) if len(states) > 1 else states[0]
+    o, lse = finish(o, lse, parts, sinks, what)
     return o.to(q.dtype), lse
+
+
+def _segment_state(
+    q: Tensor, part: Segment, what: SoftmaxSpec, q_positions: Tensor | None, bias: Tensor | None,
+    operands: Sequence[Tensor], scalars: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    live = part.live()
+    visible = None if live is None else per_head(live, q.shape[2])
+    if what.mask is not None:
+        query = query_positions(q, q_positions)
+        env = predicate_env(what.mask, q.shape[0], q.shape[2], query, part.position(), operands, scalars, part.first)
+        visible = visibility(what.mask, env, visible)
+    if bias is not None and not surely(bias.shape[3] == 1):
+        bias = bias.narrow(3, part.first, part.count)
+    if part.shared_by_all:
+        return _shared_state(q, part, what, visible, bias)
+    return dense_state(q, *part.gathered(), what, visible, bias)
+
+
+def _shared_state(
+    q: Tensor, part: Segment, what: SoftmaxSpec, visible: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The state of a segment that is stored once: all query rows, as rows of one product."""
+
+    def rows(pairs: Tensor | None) -> Tensor | None:
+        """[1 or B, 1 or H, 1 or Tq, N] as [1, 1 or H, B * Tq, N]."""
+        if pairs is None:
+            return None
+        pairs = pairs.expand(q.shape[0], pairs.shape[1], q.shape[1], pairs.shape[3])
+        return pairs.transpose(0, 1).flatten(1, 2)[None]
+
+    o, lse = dense_state(q.flatten(0, 1)[None], part.k, part.v, what, rows(visible), rows(bias))
+    return o[0].unflatten(0, q.shape[:2]), lse[0].unflatten(0, q.shape[:2])

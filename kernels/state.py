@@ -12,18 +12,14 @@ def merge(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, Tenso
     """State of the union of two disjoint key sets: o [..., V], lse [...] natural log, -inf for an empty set.
 
     Associative and commutative with neutral element (0, -inf); the merge of two empty states is that element, never
-    NaN. The output keeps o1's dtype, the weights are computed in lse's dtype. Source: online softmax (Milakov and
-    Gimelshein 2018); Hydragen (2402.05099).
+    NaN, in values and in gradients. The output keeps o1's dtype, the weights are computed in lse's dtype. Source: online
+    softmax (Milakov and Gimelshein 2018); Hydragen (2402.05099).
     """
-    top = torch.maximum(l1, l2)
-    base = torch.where(top == -torch.inf, torch.zeros_like(top), top)
-    w1, w2 = torch.exp(l1 - base), torch.exp(l2 - base)
-    total = w1 + w2
-    empty = total == 0
-    safe = torch.where(empty, torch.ones_like(total), total)
-    mixed = (w1 / safe).unsqueeze(-1) * o1.to(safe.dtype) + (w2 / safe).unsqueeze(-1) * o2.to(safe.dtype)
-    lse = torch.where(empty, torch.full_like(total, -torch.inf), base + torch.log(safe))
-    return torch.where(empty.unsqueeze(-1), torch.zeros_like(mixed), mixed).to(o1.dtype), lse
+    empty = (l1 == -torch.inf) & (l2 == -torch.inf)
+    one, two = l1.masked_fill(empty, 0.0), l2.masked_fill(empty, 0.0)
+    share = torch.sigmoid(two - one).unsqueeze(-1)
+    lse = torch.logaddexp(one, two).masked_fill(empty, -torch.inf)
+    return torch.lerp(o1.to(share.dtype), o2.to(share.dtype), share).to(o1.dtype), lse
 
 
 def merge_all(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

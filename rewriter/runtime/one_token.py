@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.recurrence_forms import recurrence_torch
-from subquad.kernels.segments import predicate_env, visibility
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import SoftmaxSpec
+from subquad.kernels.visibility import predicate_env, visibility
 
 FORMS = ("visible_keys", "attend", "recur")
 
@@ -21,7 +21,7 @@ def visible_keys(columns: Tensor, slots: Tensor, tables: Sequence[Tensor], scala
     Keys sit in slot order from column 0 on, so that the predicate's kv is a counter and its tables are read in order.
     """
     counter = torch.arange(slots.shape[0], device=slots.device)
-    env = predicate_env(1, 1, columns[None, :], counter[None, None, :], tables, scalars)
+    env = predicate_env(mask, 1, 1, columns[None, :], counter[None, None, :], tables, scalars)
     seen = visibility(mask, env, None)
     assert seen is not None
     return seen
