@@ -79,6 +79,13 @@ class Segment:
         """The segment without lengths."""
         return replace(self, lengths=None)
 
+    def rest(self, count: int) -> Segment:
+        """Its slots from `count` on; not for page lists."""
+        places = None if self.places is None else self.places[:, count:]
+        lengths = None if self.lengths is None else (self.lengths - count).clamp_min(0)
+        k, v, first, base = self.k[:, count:], self.v[:, count:], self.first + count, self.base + count
+        return Segment(k, v, self.rows, first, base, lengths, places)
+
     def cut(self, count: int) -> Segment:
         """Its first `count` slots; of page lists, the pages that hold them."""
         if self.rows is not None and self.rows.dim() == 3:

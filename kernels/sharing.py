@@ -38,6 +38,8 @@ def runs(rows: Tensor | None, batch: int) -> list[Run]:
         return []
     if read.count(read[0]) == batch:
         return [Run(read[0], 1, batch, None)]
+    if read == list(range(read[0], read[0] + batch)):
+        return [Run(read[0], batch, 1, None)]
     readers: dict[int, list[int]] = {}
     for query, source in enumerate(read):
         readers.setdefault(source, []).append(query)

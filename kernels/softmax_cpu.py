@@ -45,16 +45,30 @@ def softmax_attention_cpu(
     parts = segments(k, v, rows, lengths, positions)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     state: tuple[Tensor, Tensor] | None = None
-    for part in parts:
-        part = trimmed(part)
-        found = segment_state(q, part, what, predicate, slots_of(bias, part)) if q.numel() and part.count else None
-        if found is not None:
-            state = found if state is None else merge(state[0].to(state[1].dtype), state[1], *found)
+    for whole in parts if q.numel() else []:
+        for part in visible_parts(trimmed(whole), predicate):
+            found = segment_state(q, part, what, predicate, slots_of(bias, part))
+            if found is not None:
+                state = found if state is None else merge(state[0].to(state[1].dtype), state[1], *found)
     if state is None:
         o, lse = q.new_zeros(batch, q_len, heads, v[0].shape[3]), q.new_full((batch, q_len, heads), -torch.inf)
         state = o, lse.to(compute_dtype(q))
     o, lse = finish(*state, parts, sinks, what)
     return o.to(q.dtype), lse
+
+
+def visible_parts(segment: Segment, predicate: Predicate) -> list[Segment]:
+    """The segment, or where a few queries see a long past and differ only in its last slots, past and last slots apart."""
+    if not segment.count:
+        return []
+    cut = (segment.count - predicate.q_len) // BLOCK * BLOCK - BLOCK
+    if predicate.mask is None or predicate.q_len == 1 or cut < predicate.q_len or segment.paged:
+        return [segment]
+    past = segment.cut(cut)
+    low = None if segment.lengths is None else int(segment.lengths.min())
+    if predicate.over(segment)[1] or not predicate.over(past)[1] or (low is not None and low < cut):
+        return [segment]
+    return [past.all_live(), segment.rest(cut)]
 
 
 def trimmed(segment: Segment) -> Segment:

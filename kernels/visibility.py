@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,7 @@ class Predicate:
         env = _constants(self.operands, self.scalars)
         for name in ("q", "kv"):
             if needed & {f"{name}_lo", f"{name}_hi"}:
-                env[f"{name}_lo"], env[f"{name}_hi"] = self._query_bounds() if name == "q" else _key_bounds(segment)
+                env[f"{name}_lo"], env[f"{name}_hi"] = self._query_bounds if name == "q" else _key_bounds(segment)
         env |= {"i_lo": 0, "i_hi": self.q_len - 1, "j_lo": segment.first, "j_hi": segment.first + segment.count - 1}
         if "b" in needed:
             env["b"] = torch.arange(self.batch)[:, None]
@@ -117,6 +118,7 @@ class Predicate:
             every if isinstance(every, bool) else every.all()
         )
 
+    @functools.cached_property
     def _query_bounds(self) -> tuple[int, int]:
         if self.q_positions is None:
             return 0, self.q_len - 1
