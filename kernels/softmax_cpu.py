@@ -62,7 +62,8 @@ def visible_parts(segment: Segment, predicate: Predicate) -> list[Segment]:
     if not segment.count:
         return []
     cut = (segment.count - predicate.q_len) // BLOCK * BLOCK - BLOCK
-    if predicate.mask is None or predicate.q_len == 1 or cut < predicate.q_len or segment.paged:
+    few = predicate.q_len == 1 or predicate.batch * predicate.q_len * segment.count < DENSE_PAIRS
+    if predicate.mask is None or few or cut < predicate.q_len or segment.paged:
         return [segment]
     past = segment.cut(cut)
     low = None if segment.lengths is None else int(segment.lengths.min())
@@ -159,8 +160,8 @@ def _by_run(
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
     for run in groups:
-        pairs = (None if x is None else run.queries(x) for x in (visible, bias))
-        found = partial(run.queries(q), run.of(k), run.of(v), spec, *pairs, causal)
+        shown, added = (None if x is None else run.queries(x) for x in (visible, bias))
+        found = partial(run.queries(q), run.of(k), run.of(v), spec, shown, added, causal)
         if run.order is None:
             return found
         o[run.order], lse[run.order] = found[0].to(o.dtype), found[1].to(lse.dtype)

@@ -50,12 +50,10 @@ def _library(
     additive = None
     empty = None
     if visible is not None or bias is not None:
-        additive = fold_pairs(added(visible, bias, compute_dtype(q)), q, stored, kv_heads, heads_too)
-        empty = (
-            (additive.amax(-1) == -torch.inf)
-            if bias is not None
-            else ~fold_pairs(visible, q, stored, kv_heads, heads_too).any(-1)
-        )  # type: ignore[arg-type]
+        plain = added(visible, bias, compute_dtype(q))
+        additive = fold_pairs(plain, q, stored, kv_heads, heads_too)
+        shown = plain > -torch.inf if visible is None or bias is not None else visible
+        empty = ~fold_pairs(shown, q, stored, kv_heads, heads_too).any(-1)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, *(_dense(x.transpose(1, 2)) for x in (k, v)), 0.0, causal, attn_mask=additive, scale=spec.scale
     )
