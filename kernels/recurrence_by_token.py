@@ -106,7 +106,7 @@ class _Sequence:
         if first is not None:
             state, keys, values, self.count = first
             self.state = state[..., : self.v.shape[2]]
-            if spec.sums and self.count:
+            if spec.sums and (self.count or spec.decay != "additive"):
                 self.sums = state[..., self.v.shape[2] :]
             for number in range(self.count):
                 if number < spec.sinks or number >= max(spec.sinks, self.count - spec.window):

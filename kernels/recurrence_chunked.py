@@ -1,4 +1,4 @@
-"""Computes the additive recurrence with a window branch by chunks: linear time, batched products, symbolic sizes."""
+"""Computes a causal recurrence by chunks, every axis: linear time and memory, batched products, symbolic sizes."""
 
 from __future__ import annotations
 
@@ -6,38 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels.features import features, gate, normalise, repeat_heads
+from subquad.kernels.features import features, normalise, repeat_heads
+from subquad.kernels.linear_chunks import Chunks, run
 from subquad.kernels.recurrence_by_token import Result
+from subquad.kernels.recurrence_lanes import CHUNK, additive, chunking, counted, gates_of, in_lanes, longer, ordered
 from subquad.kernels.recurrence_layout import arrange, complete
+from subquad.kernels.recurrence_window import in_token_order, in_window_order, log_gamma, window_branch
 from subquad.kernels.sizes import surely
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
-CHUNK = 64
-"""Tokens per chunk; inputs known to be no longer than this are one chunk."""
 NEARBY = 32
 """Tokens per chunk of the window branch: shorter chunks share a smaller slab of keys, so fewer masked scores are made."""
-MATRIX_COUNT = 32
-"""Chunk counts up to which the prefix sum of states is a product with a triangle of ones, which moves less memory than
-cumsum.
-"""
-
-
-def supports(spec: RecurrenceSpec) -> bool:
-    """True for the axes this form has: causal, no decay, additive update, no window or a window with a shared
-    denominator.
-    """
-    shared = spec.window == 0 or spec.branch == "shared"
-    return spec.causal and spec.decay == "none" and spec.update == "add" and spec.sums and shared
 
 
 def recurrence_chunked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
     feature_q: Sequence[Tensor],
     feature_k: Sequence[Tensor],
     window_gate: Tensor | None,
@@ -49,145 +39,89 @@ def recurrence_chunked(
     spec: RecurrenceSpec,
     deep: bool = False,
 ) -> Result:
-    """The operator subquad::recurrence for specs that `supports` admits; O(T (chunk + window)) memory, traceable.
+    """The operator subquad::recurrence for causal specs; O(T (chunk + window)) memory, traceable unless delta has several
+    chunks.
 
-    Let E be the window's history (w slots, oldest first) followed by the T new keys. Token i evicts E[i], its window
-    is E[i+1 .. i+w]: chunk c therefore needs the state over E[: cC], the keys E[cC : cC + C] under a triangle
-    (linear) and E[cC : cC + C + w] under a band (softmax). With p the softmax over the window, sum_W exp(s - max) is
-    1 / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves the masks to the
-    band alone.
+    A shared window delays keys: with E the window's history (w slots, oldest first) followed by the T new keys, token i
+    evicts E[i] into the state and sees E[i+1 .. i+w] by softmax. With p that softmax, the window's share of the
+    denominator is gamma / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves
+    the window's masks to the band alone.
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
-    layout = arrange(q, k, v, valid, window_k, window_v, seen, spec)
-    past, live, keys, values = layout.past, layout.live, layout.keys, layout.values
-    chunk: Any = CHUNK
-    nearby_chunk: Any = NEARBY
-    count: Any = (total + CHUNK - 1) // CHUNK
-    if surely(total <= CHUNK):
-        chunk = nearby_chunk = total
-        count = 1
-    elif not isinstance(total, int):
-        count = count + 1  # one chunk of padding: a symbolic count of at least 2 needs no guard for the size 1
+    if valid is not None:
+        hidden = ~valid
+        q, k, v = (x.masked_fill(hidden[..., None, None], 0) for x in (q, k, v))
+    layout = arrange(q, k, v, valid, window_k, window_v, seen, spec, compact=spec.window > 0)
+    if layout.order is not None:
+        decay, beta = (ordered(x, layout.order) for x in (decay, beta))
+    chunk, count = chunking(total, spec)
     span = count * chunk
-    nearby_count = count * (CHUNK // NEARBY) if nearby_chunk is not total else 1
     whole = surely(span == total)
+    missing = 0 if whole else span - total
+    query, keys, values = (longer(x.to(dtype), missing) for x in (layout.q, layout.keys, layout.values))
 
-    if not whole:
-        keys, values = (F.pad(x, (0, 0, 0, 0, 0, span - total)) for x in (keys, values))
-    slots = torch.arange(spec.window + span, device=q.device)
-    number = past[:, None] - spec.window + slots
-    query = layout.q.to(dtype)
-    if not whole:
-        query = F.pad(query, (0, 0, 0, 0, 0, span - total))
+    delayed = spec.window > 0 and spec.branch == "shared"
+    entering = slice(0, span) if delayed else slice(spec.window, None)
+    live = counted(layout.live, span, q, whole, valid)
+    stays = live
+    if delayed and not (deep and live is None):
+        number = layout.past[:, None] - spec.window + torch.arange(span, device=q.device)
+        stays = number >= spec.sinks if live is None else (number >= spec.sinks) & live
+    phi_q = features(spec.feature_map, query.transpose(1, 2), feature_q)
+    phi_k = features(spec.key_map, repeat_heads(keys[:, entering], heads), feature_k)
+    added = repeat_heads(values[:, entering], heads)
+    shape = (count, chunk)
+    if decay is not None:
+        decay = decay.to(dtype) if decay.dim() == 1 else longer(decay.to(dtype), missing)
+    gates = None if decay is None else gates_of(decay, phi_q, shape, live)
+    past = None if state is None else state.to(dtype)
+    log_mass = None
+    if spec.decay == "additive":
+        phi_k, gates, log_mass = additive(phi_k, past, seen, live, shape)
+        if past is not None and seen is not None:
+            past = past[..., :-1].masked_fill((seen == 0)[:, None, None, None], 0)
+    elif stays is not None:
+        phi_k = phi_k.masked_fill(~stays[:, None, :, None], 0)
+    beta = None if beta is None else longer(in_lanes(beta.to(dtype), heads), missing, 2)
+    if beta is not None and live is not None:
+        beta = beta.masked_fill(~live[:, None, :], 0)
 
-    leaving = features(spec.key_map, repeat_heads(keys[:, :span], heads), feature_k)
-    if not (deep and whole and valid is None):
-        stays = (number[:, :span] >= spec.sinks) & (slots[:span] < live)
-        leaving = leaving * stays[:, None, :, None].to(dtype)
-    phi_q = features(spec.feature_map, query.transpose(1, 2), feature_q).unflatten(2, (count, chunk))
-    phi_k = leaving.unflatten(2, (count, chunk))
-    ones = values.new_ones(*values.shape[:3], 1)
-    summed = repeat_heads(torch.cat([values, ones], -1)[:, :span], heads).unflatten(2, (count, chunk))
-    before, final = _running(torch.matmul(phi_k.transpose(3, 4), summed), state)
-    triangle = torch.matmul(phi_q, phi_k.transpose(3, 4)).tril()
-    linear = _plus_product(torch.matmul(phi_q, before), triangle, summed)
+    def linear(columns: Tensor, start: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        def split(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).unflatten(1, shape)
+
+        rows = None if weight is None else split(weight)[..., None]
+        given = None if start is None else start.flatten(0, 1)
+        out, last = run(Chunks(split(phi_q), split(phi_k), split(columns), gates, rows), given)
+        return (x.unflatten(0, phi_q.shape[:2]) for x in (out.flatten(1, 2), last))  # type: ignore[return-value]
+
+    ones = added.new_ones(*added.shape[:3], 1)
+    if spec.normaliser != "sum":
+        numerator, final = linear(added, past, beta)
+        denominator = numerator[..., :1]
+    elif spec.update == "add":
+        joined, final = linear(torch.cat([added, ones], -1), past, None)
+        numerator, denominator = joined[..., :-1], joined[..., -1:]
+    else:
+        numerator, final = linear(added, None if past is None else past[..., :-1], beta)
+        denominator, sums = linear(ones, None if past is None else past[..., -1:], None)
+        final = torch.cat([final, sums], -1)
+    if log_mass is not None:
+        final = torch.cat([final, log_mass], -1)
 
     if spec.window == 0:
-        out = normalise(linear[..., :-1], linear[..., -1:], spec).flatten(2, 3).transpose(1, 2)
+        out = normalise(numerator, denominator, spec).transpose(1, 2)
     else:
-        sinks_k, sinks_v = layout.sinks_k, layout.sinks_v
-        shape = nearby_count, nearby_chunk
-        hidden = torch.zeros((), dtype=dtype, device=q.device).masked_fill(
-            ~_allowed(number, past, *shape, spec, deep), -torch.inf
-        )
-        local = _scores(query, keys * spec.scale, sinks_k * spec.scale, hidden, *shape, spec)
-        weight = torch.softmax(local, -1)
-        log_gamma = gate(window_gate, spec, local)
-        if log_gamma.shape[0] > 1:
-            log_gamma = log_gamma.view(kv_heads, 1, -1, 1, 1)
-        mass = torch.exp(log_gamma) / weight.amax(-1, keepdim=True)
-        slab = _slabs(values, sinks_v, *shape, spec).transpose(3, 4)
-        nearby = torch.matmul(weight.flatten(3, 4), slab).unflatten(3, (-1, nearby_chunk))
-        linear = linear.flatten(2, 3).unflatten(2, shape).unflatten(1, (kv_heads, -1)).transpose(2, 3)
-        out = torch.addcmul(linear[..., :-1], nearby, mass) / (mass + linear[..., -1:])
-        out = out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
-    out = out[:, :total]
-    return complete(layout, out, final, spec)
-
-
-def _running(added: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last, from the start state and what each chunk adds [B, H, count, F, V +
-    1].
-    """
-    count = added.shape[2]
-    if surely(count == 1):
-        start = torch.zeros_like(added) if state is None else state.to(added.dtype)[:, :, None]
-        return start, (start + added)[:, :, 0]
-    if surely(count <= MATRIX_COUNT):
-        strict = torch.ones(count, count, dtype=added.dtype, device=added.device).tril(-1)
-        flat = added.flatten(0, 1).flatten(2)
-        each = strict.expand(flat.shape[0], -1, -1)
-        if state is None:
-            sums = torch.bmm(each, flat)
+        near_shape: tuple[Any, Any] = (count * (CHUNK // NEARBY), NEARBY) if chunk == CHUNK else shape
+        near, top = window_branch(query, keys, values, layout, near_shape, spec, deep)
+        gamma = torch.exp(log_gamma(window_gate, spec, near))
+        if spec.branch == "shared":
+            mass = gamma / top
+            numerator, denominator = (in_window_order(x, kv_heads, near_shape) for x in (numerator, denominator))
+            out = torch.addcmul(numerator, near, mass) / (mass + denominator)
         else:
-            start = state.to(added.dtype).flatten(0, 1).flatten(1)[:, None]
-            sums = torch.baddbmm(start.expand_as(flat), each, flat)
-        before = sums.unflatten(2, added.shape[3:]).unflatten(0, added.shape[:2])
-        return before, before[:, :, -1] + added[:, :, -1]
-    padded = F.pad(torch.cumsum(added, 2), (0, 0, 0, 0, 1, 0))
-    if state is not None:
-        padded = padded + state.to(added.dtype)[:, :, None]
-    return padded[:, :, :-1], padded[:, :, -1]
-
-
-def _windows(x: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
-    """Overlapping runs of chunk + window tokens, one per chunk: [B, count, .., chunk + window] of x [B, window + count
-    * chunk, ..].
-    """
-    if isinstance(count, int) and count == 1:
-        return x.movedim(1, -1).unsqueeze(1)
-    return x.unfold(1, spec.window + chunk, chunk)
-
-
-def _slabs(x: Tensor, sinks: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec) -> Tensor:
-    """Per chunk, sinks and local keys side by side: [B, Hkv, count, K, sinks + chunk + window]."""
-    local = _windows(x, count, chunk, spec).transpose(1, 2)
-    if spec.sinks == 0:
-        return local
-    fixed = sinks.permute(0, 2, 3, 1)[:, :, None].expand(-1, -1, count, -1, -1)
-    return torch.cat([fixed, local], -1)
-
-
-def _scores(
-    query: Tensor, keys: Tensor, sinks: Tensor, hidden: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec
-) -> Tensor:
-    """Window scores [B, Hkv, count, G, chunk, sinks + chunk + window] of keys and sinks already scaled, plus `hidden`."""
-    kv_heads = keys.shape[2]
-    rows = query.unflatten(2, (kv_heads, -1)).unflatten(1, (count, chunk)).permute(0, 3, 1, 4, 2, 5)
-    slabs = _slabs(keys, sinks, count, chunk, spec)
-    start = hidden.expand(*rows.shape[:5], slabs.shape[-1])
-    return _plus_product(start.flatten(3, 4), rows.flatten(3, 4), slabs).unflatten(3, (-1, chunk))
-
-
-def _plus_product(start: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """start + a @ b of equal batch axes, in one pass over the result."""
-    return torch.baddbmm(start.flatten(0, 2), a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])
-
-
-def _allowed(number: Tensor, past: Tensor, count: Any, chunk: Any, spec: RecurrenceSpec, deep: bool) -> Tensor:
-    """Bool [1 or B, 1, count or 1, 1, chunk, sinks + chunk + window]: the key is in the row's window, or a sink
-    already seen.
-    """
-    row = torch.arange(chunk, device=number.device)[:, None]
-    column = torch.arange(spec.window + chunk, device=number.device)[None, :]
-    band = (column > row) & (column <= row + spec.window)
-    if deep:
-        return F.pad(band, (spec.sinks, 0), value=True)[None, None, None, None]
-    known = _windows(number, count, chunk, spec) >= spec.sinks
-    local = band & known[:, :, None, :]
-    if spec.sinks:
-        tokens = past[:, None] + torch.arange(count * chunk, device=number.device)
-        sink = torch.arange(spec.sinks, device=number.device) <= tokens.unflatten(1, (count, chunk))[..., None]
-        local = torch.cat([sink, local], -1)
-    return local[:, None, :, None]
+            far = in_window_order(normalise(numerator, denominator, spec), kv_heads, near_shape)
+            out = torch.lerp(far, near, gamma.expand_as(near))
+        out = in_token_order(out)
+    return complete(layout, out if whole else out[:, :total], final, spec)

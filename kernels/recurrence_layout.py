@@ -19,8 +19,8 @@ class Layout:
     the tokens.
 
     sinks_k, sinks_v [B, sinks, Hkv, *] after the tokens filled free slots; past [1 or B] valid tokens before; live:
-    valid tokens of each row, T or [B, 1]; order [B, T] and valid [B, T] where there was padding. keys, values and
-    sinks are in the compute dtype.
+    valid tokens of each row, T or [B, 1], or `valid` itself where they were not brought to the front; order [B, T] where
+    they were, and valid [B, T] where there was padding. keys, values and sinks are in the compute dtype.
     """
 
     q: Tensor
@@ -45,11 +45,16 @@ def arrange(
     window_v: Tensor | None,
     seen: Tensor | None,
     spec: RecurrenceSpec,
+    compact: bool = True,
 ) -> Layout:
-    """The layout of these tokens after the given window buffers; traceable."""
+    """The layout of these tokens after the given window buffers; traceable. Unless `compact`, valid tokens stay where
+    they are.
+    """
     order: Tensor | None = None
     live: Any = q.shape[1]
-    if valid is not None:
+    if valid is not None and not compact:
+        live = valid
+    elif valid is not None:
         order = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
         q, k, v = (pick(x, order) for x in (q, k, v))
         live = valid.sum(1)[:, None]
@@ -57,7 +62,9 @@ def arrange(
     dtype = compute_dtype(q)
     sink_k, ring_k = _history(window_k, past, k, spec)
     sink_v, ring_v = _history(window_v, past, v, spec)
-    keys, values = torch.cat([ring_k, k.to(dtype)], 1), torch.cat([ring_v, v.to(dtype)], 1)
+    keys, values = k.to(dtype), v.to(dtype)
+    if spec.window:
+        keys, values = torch.cat([ring_k, keys], 1), torch.cat([ring_v, values], 1)
     sinks_k, sinks_v = _with_new(sink_k, k, past, spec), _with_new(sink_v, v, past, spec)
     return Layout(q, k, v, keys, values, sinks_k, sinks_v, past, live, order, valid)
 
@@ -65,11 +72,12 @@ def arrange(
 def complete(layout: Layout, out: Tensor, state: Tensor, spec: RecurrenceSpec) -> Result:
     """The operator's outputs from out [B, T, H, V] in the layout's order and the final state."""
     order, valid, past = layout.order, layout.valid, layout.past
-    after = past + layout.live
-    if order is not None and valid is not None:
+    after = past + (layout.live if valid is None else valid.sum(1))
+    if order is not None:
         back = torch.zeros_like(order).scatter(1, order, torch.arange(out.shape[1], device=out.device).expand_as(order))
-        out = torch.where(valid[:, :, None, None], pick(out, back), torch.zeros_like(out))
-        after = past + layout.live[:, 0]
+        out = pick(out, back)
+    if valid is not None:
+        out = out.masked_fill(~valid[:, :, None, None], 0)
     after = after.expand(out.shape[0]).contiguous()
     window_k = _buffer(layout.keys, layout.sinks_k, layout.k, past, after, spec)
     return out, state, window_k, _buffer(layout.values, layout.sinks_v, layout.v, past, after, spec), after
@@ -83,13 +91,14 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
 def _history(buffer: Tensor | None, past: Tensor, new: Tensor, spec: RecurrenceSpec) -> tuple[Tensor, Tensor]:
     """Sink slots [B, sinks, ..] and the ring in order of age [B, window, ..], in the compute dtype."""
     dtype = compute_dtype(new)
+    if spec.window == 0:
+        empty = new.new_zeros(new.shape[0], 0, *new.shape[2:], dtype=dtype)
+        return empty, empty
     if buffer is None:
         shape = (new.shape[0], spec.sinks + spec.window, *new.shape[2:])
         empty = new.new_zeros(shape, dtype=dtype)
         return empty[:, : spec.sinks], empty[:, spec.sinks :]
     buffer = buffer.to(dtype)
-    if spec.window == 0:
-        return buffer, buffer
     numbers = past[:, None] - spec.window + torch.arange(spec.window, device=new.device)
     return buffer[:, : spec.sinks], pick(buffer, spec.sinks + (numbers - spec.sinks) % spec.window)
 

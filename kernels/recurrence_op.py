@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from subquad.kernels import recurrence_forms as forms
 from subquad.kernels.provider import provided
+from subquad.kernels.recurrence_arguments import STATE, differentiable
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
@@ -37,12 +39,29 @@ def check(arguments: dict[str, Any]) -> RecurrenceSpec:
             raise ValueError(
                 f"recurrence got {name} {'present' if not wanted else 'absent'}, but the spec says the opposite."
             )
-    parts = [arguments[name] is not None for name in forms.STATE]
+    dims = {"head": 1, "token": 3, "channel": 4}.get(spec.decay, 0)
+    for name, rank in (("decay", dims), ("beta", 3)):
+        value = arguments[name]
+        if value is not None and (
+            value.dim() != rank or value.shape[0 if rank == 1 else 2] not in (q.shape[2], k.shape[2])
+        ):
+            raise ValueError(
+                f"recurrence got {name} {list(value.shape)} for q {list(q.shape)}; it needs {rank} axes and one entry per query "
+                f"head or per key head."
+            )
+    parts = [arguments[name] is not None for name in STATE]
     if any(parts) != all(parts):
         raise ValueError(
             "recurrence got part of an initial state; give all of state, window_k, window_v and seen, or none."
         )
     return spec
+
+
+def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast out of the operator's own products, which choose their precision by the inputs' dtype."""
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return nullcontext()
 
 
 def recurrence_forward(
@@ -104,7 +123,8 @@ def recurrence_forward(
     check(arguments)
     provider = provided()
     found = provider("recurrence", arguments) if provider is not None and q.device.type != "cpu" else None
-    result = forms.forward(arguments) if found is None else found
+    with _own_precision(q):
+        result = forms.forward(arguments) if found is None else found
     return tuple(output.contiguous() for output in result)  # type: ignore[return-value]
 
 
@@ -197,8 +217,9 @@ def recurrence_backward(
         spec,
     )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
-    found = forms.backward(arguments, grads)
-    wanted = forms.differentiable(arguments)
+    with _own_precision(q):
+        found = forms.backward(arguments, grads)
+    wanted = differentiable(arguments)
     return [grad.to(one.dtype).contiguous() for grad, one in zip(found, wanted, strict=True)]
 
 
@@ -239,7 +260,7 @@ def _(
         spec,
     )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
-    return [one.new_empty(one.shape) for one in forms.differentiable(arguments)]
+    return [one.new_empty(one.shape) for one in differentiable(arguments)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subquad.kernels.recurrence_chunked import CHUNK
+from subquad.kernels.recurrence_lanes import CHUNK
 
 
 @dataclass(frozen=True)

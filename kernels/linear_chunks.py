@@ -1,0 +1,162 @@
+"""Runs the linear recurrence of any decay and update over chunks: products inside chunks, a scan of states between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.pair_scores import channel_scores, scalar_weights, unit_inverse
+from subquad.kernels.sizes import surely
+
+FLOOR = -100.0
+"""Least log decay of one token: exp of it is 0 beside 1 in fp32 and fp64, and sums of it keep their precision."""
+GROUP = 32
+"""States that are joined at once by a triangle of decays; more are grouped first."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """One recurrence over n chunks of C tokens in L lanes (batch times heads).
+
+    query, key [L, n, C, F] are features; value [L, n, C, V]; decay [L, n or 1, C, 1 or F] log decays of at most 0, or None;
+    beta [L, n, C, 1] for the delta update, or None. A token with zero key, beta and decay changes nothing. C is a power of
+    two where decay has F columns or beta is given.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+
+
+def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(phi(q) S of every token [L, n, C, V], last state [L, F, V]) from the state before [L, F, V].
+
+    With G the sum of log decays inside a chunk, D_ij = exp(G_i - G_j), A = tril(Q K^T * D), the output is
+    (Q e^G) S + A V and the next state e^{G_C} S + (K e^{G_C - G})^T V; delta replaces V by U - W S with
+    T = (I + tril_-1(beta K K^T * D))^-1, W = T (beta e^G K), U = T (beta V). Sources: GLA (2312.06635) §4.3, Mamba-2
+    (2405.21060) §6, DeltaNet (2406.06484) §3, Gated DeltaNet (2412.06464) §3.3.
+    """
+    gates = _Gates(chunks.decay)
+    query, key, value = chunks.query, chunks.key, chunks.value
+    leaving = gates.to_end(key)
+    if chunks.beta is None:
+        added = torch.matmul(leaving.transpose(-1, -2), value)
+        before, final = states(added, gates.log_rate, start)
+    else:
+        if start is None:
+            start = query.new_zeros(query.shape[0], key.shape[-1], value.shape[-1])
+        weighed = chunks.beta * key
+        inverse = unit_inverse(gates.scores(weighed, key).tril(-1))
+        remembered = torch.matmul(inverse, gates.from_start(weighed))
+        fresh = torch.matmul(inverse, chunks.beta * value)
+        before, value, final = _corrected(remembered, fresh, leaving, gates.log_rate, start)
+    inside = torch.matmul(gates.scores(query, key), value)
+    if before is None:
+        return inside, final
+    out = torch.baddbmm(inside.flatten(0, 1), gates.from_start(query).flatten(0, 1), before.flatten(0, 1))
+    return out.unflatten(0, inside.shape[:2]), final
+
+
+class _Gates:
+    """The decays of chunks, and what they do to rows and scores."""
+
+    def __init__(self, decay: Tensor | None) -> None:
+        self.total = None if decay is None else decay.clamp(min=FLOOR).cumsum(2)
+        self.weights = None if self.total is None or self.total.shape[-1] > 1 else scalar_weights(self.total)
+
+    @property
+    def log_rate(self) -> Tensor | None:
+        """Log decay of a whole chunk, [L, n or 1, 1 or F]."""
+        return None if self.total is None else self.total[:, :, -1]
+
+    def from_start(self, rows: Tensor) -> Tensor:
+        """Rows decayed since the start of their chunk, their own decay included."""
+        return rows if self.total is None else rows * torch.exp(self.total)
+
+    def to_end(self, rows: Tensor) -> Tensor:
+        """Rows decayed from their token to the end of their chunk."""
+        return rows if self.total is None else rows * torch.exp(self.total[:, :, -1:] - self.total)
+
+    def scores(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """sum_f rows_if keys_jf exp(G_if - G_jf) for j <= i, else 0."""
+        if self.total is not None and self.weights is None:
+            return channel_scores(rows, keys, self.total.expand_as(keys))
+        scores = torch.matmul(rows, keys.transpose(-1, -2))
+        return scores.tril() if self.weights is None else scores * self.weights
+
+
+def states(added: Tensor, log_rate: Tensor | None, start: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """States before each chunk [L, n, F, V] (None: all zero) and after the last [L, F, V].
+
+    S_c+1 = exp(log_rate_c) S_c + added_c from `start` (None: zero); added [L, n, F, V], log_rate [L, n or 1, 1 or F].
+    Up to GROUP chunks are joined by one product with their triangle of decays; longer runs group by group, whose totals
+    are joined likewise, so that any symbolic count has a form of fixed depth.
+    """
+    count = added.shape[1]
+    if surely(count == 1):
+        final = added[:, 0]
+        if start is None:
+            return None, final
+        return start[:, None], final + (start if log_rate is None else start * torch.exp(log_rate[:, 0])[..., None])
+    if surely(count <= GROUP):
+        return _triangle(added, log_rate, start)
+    if log_rate is None:
+        before = torch.cat([torch.zeros_like(added[:, :1]), added.cumsum(1)], 1)
+        before = before if start is None else before + start[:, None]
+        return before[:, :-1], before[:, -1]
+    groups: Any = (count + GROUP - 1) // GROUP
+    missing = groups * GROUP - count
+    log_rate = log_rate.expand(-1, count, -1)
+    pad = torch.nn.functional.pad
+    added = pad(added, (0, 0, 0, 0, 0, missing)).unflatten(1, (groups, GROUP))
+    log_rate = pad(log_rate, (0, 0, 0, missing)).unflatten(1, (groups, GROUP))
+    inner, totals = _triangle(added.flatten(0, 1), log_rate.flatten(0, 1), None)
+    totals, shape = totals.unflatten(0, added.shape[:2]), added.shape[:2]
+    rates = log_rate.sum(2)
+    outer, final = _triangle(totals, rates, start) if surely(groups <= GROUP) or not isinstance(count, int) else states(
+        totals, rates, start
+    )  # fmt: skip
+    assert outer is not None
+    passed = torch.exp(log_rate.cumsum(2) - log_rate)[..., None] * outer[:, :, None]
+    before = (inner.unflatten(0, shape) + passed).flatten(1, 2)
+    return before[:, :count], final
+
+
+def _triangle(added: Tensor, log_rate: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`states` by one product of [n + 1, n] decays with what the chunks add."""
+    lanes, count, width, columns = added.shape
+    ones = torch.ones(count + 1, count, dtype=torch.bool, device=added.device).tril(-1)
+    if log_rate is None:
+        joined = torch.matmul(ones.to(added.dtype), added.flatten(2)).unflatten(2, (width, columns))
+        joined = joined if start is None else joined + start[:, None]
+        return joined[:, :-1], joined[:, -1]
+    total = torch.nn.functional.pad(log_rate.expand(-1, count, -1).cumsum(1), (0, 0, 1, 0))
+    gaps = total.transpose(1, 2)[..., None] - total.transpose(1, 2)[..., None, 1:]
+    decays = torch.exp(gaps.masked_fill(~ones, -torch.inf))
+    if total.shape[-1] == 1:
+        joined = torch.matmul(decays[:, 0], added.flatten(2)).unflatten(2, (width, columns))
+    else:
+        joined = torch.matmul(decays, added.transpose(1, 2)).transpose(1, 2)
+    if start is not None:
+        joined = joined + torch.exp(total)[..., None] * start[:, None]
+    return joined[:, :-1], joined[:, -1]
+
+
+def _corrected(
+    remembered: Tensor, fresh: Tensor, leaving: Tensor, log_rate: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States before each chunk, values less what the state recalls of their keys, and the last state; chunk by chunk."""
+    before, values = [], []
+    turned = leaving.transpose(-1, -2)
+    rates = None if log_rate is None else torch.exp(log_rate.expand(-1, fresh.shape[1], -1))[..., None]
+    for chunk in range(fresh.shape[1]):
+        before.append(state)
+        values.append(torch.baddbmm(fresh[:, chunk], remembered[:, chunk], state, alpha=-1))
+        kept = state if rates is None else state * rates[:, chunk]
+        state = torch.baddbmm(kept, turned[:, chunk], values[-1])
+    return torch.stack(before, 1), torch.stack(values, 1), state
