@@ -110,20 +110,19 @@ def states(added: Tensor, log_rate: Tensor | None, start: Tensor | None) -> tupl
         before = before if start is None else before + start[:, None]
         return before[:, :-1], before[:, -1]
     groups: Any = (count + GROUP - 1) // GROUP
+    if not isinstance(count, int):
+        groups = groups + 1  # one group of padding: a symbolic count of at least 2 needs no guard for the size 1
     missing = groups * GROUP - count
     log_rate = log_rate.expand(-1, count, -1)
-    pad = torch.nn.functional.pad
-    added = pad(added, (0, 0, 0, 0, 0, missing)).unflatten(1, (groups, GROUP))
-    log_rate = pad(log_rate, (0, 0, 0, missing)).unflatten(1, (groups, GROUP))
+    pad, shape = torch.nn.functional.pad, (groups, GROUP)
+    added = pad(added, (0, 0, 0, 0, 0, missing)).unflatten(1, shape)
+    log_rate = pad(log_rate, (0, 0, 0, missing)).unflatten(1, shape)
     inner, totals = _triangle(added.flatten(0, 1), log_rate.flatten(0, 1), None)
-    totals, shape = totals.unflatten(0, added.shape[:2]), added.shape[:2]
-    rates = log_rate.sum(2)
-    outer, final = _triangle(totals, rates, start) if surely(groups <= GROUP) or not isinstance(count, int) else states(
-        totals, rates, start
-    )  # fmt: skip
+    join = states if isinstance(count, int) else _triangle
+    outer, final = join(totals.unflatten(0, added.shape[:2]), log_rate.sum(2), start)
     assert outer is not None
     passed = torch.exp(log_rate.cumsum(2) - log_rate)[..., None] * outer[:, :, None]
-    before = (inner.unflatten(0, shape) + passed).flatten(1, 2)
+    before = (inner.unflatten(0, added.shape[:2]) + passed).flatten(1, 2)
     return before[:, :count], final
 
 

@@ -128,4 +128,5 @@ def close(got, wanted, tolerance=1e-10):
 
 def error(got, wanted):
     """RMS of the difference over RMS of `wanted`."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm())
