@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from subquad.compilation import Order, compile_orders
+from subquad.ir.decoding import Choice, Drafter, Stepper
 from subquad.ir.errors import SubquadError
+from subquad.passes.speculate.greedy import Greedy
+from subquad.passes.speculate.sample_and_descend import SampleAndDescend
+from subquad.runtime.chain_stepper import ChainStepper, LockStepper
+from subquad.runtime.chance import seeded
 from subquad.runtime.decode_engine import DecodeEngine, executor
-from subquad.runtime.generation import generate
+from subquad.runtime.generation import check_prompt, in_step
 from subquad.runtime.layout import DecoderLayout
+from subquad.runtime.pacing import MeasuredPacing, Pacing
+from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
+from subquad.runtime.speculation import Ending, Pass, speculate
 from subquad.runtime.state import DecoderState
 
 Report = Callable[[int, int], None]
@@ -39,6 +47,7 @@ class Decoder:
         self.engine = DecodeEngine(programs.layout, eager, device)
         self.failure: str | None = None
         self._worker: threading.Thread | None = None
+        self._pacing: dict[int, MeasuredPacing] = {}
 
     @property
     def ready(self) -> bool:
@@ -68,13 +77,43 @@ class Decoder:
     def generate(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 128,
         eos_token_ids: Collection[int] = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int | None = None,
+        min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, seed: int | None = None,
+        drafter: Drafter | None = None,
     ) -> Iterator[list[int | None]]:  # fmt: skip
-        """Yield the new token of every row, step by step; see subquad.runtime.generation.generate."""
-        return generate(
-            self.engine, ids, attention_mask, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids,
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        """Yield one list a step: the new token of every row, None for a row that has ended.
+
+        ids: int64 [B, T], padded on the left where attention_mask [B, T] is 0.  temperature 0 is greedy (the first of equal
+        maxima); otherwise tokens are sampled with `seed` (None: from entropy) after top_k (0: all), top_p and min_p.  A row
+        ends with an id of eos_token_ids, which is yielded.  drafter: verify what it drafts; the tokens stay those of plain
+        decoding (for float32 and float64), drawn ones keep their law.  Raises GenerationError for what does not fit.
+        """
+        found = processors(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size)
+        choice = Choice(found, temperature == 0, seeded(seed, self.engine.device))
+        ending = Ending(max_new_tokens, frozenset(eos_token_ids))
+        yield from in_step(
+            self.decode(ids, attention_mask, choice=choice, ending=ending, drafter=drafter), ids.shape[0]
+        )
+
+    def decode(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, choice: Choice, ending: Ending,
+        drafter: Drafter | None = None, pacing: Pacing | None = None,
+    ) -> Iterator[Pass]:  # fmt: skip
+        """Yield what each pass of the model gave; see subquad.runtime.speculation.speculate.
+
+        pacing: how much of a draft is verified; None weighs the gain against the costs that this decoder has measured.
+        """
+        check_prompt(ids, attention_mask, ending.max_new_tokens)
+        room = ids.shape[1] + ending.max_new_tokens
+        stepper: Stepper = ChainStepper(self.engine, room) if drafter is not None else LockStepper(self.engine, room)
+        plain = Greedy() if choice.greedy else SampleAndDescend()
+        return speculate(
+            stepper, ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
+            pacing=pacing if pacing is not None else self._measured(),
         )  # fmt: skip
+
+    def _measured(self) -> MeasuredPacing:
+        """The costs of the programs that are in use now, shared by all calls."""
+        return self._pacing.setdefault(len(self.engine.compiled), MeasuredPacing())
 
     def compile(self, *, wait: bool = True, report: Report = lambda done, total: None) -> None:
         """Compile the programs of each width class, or load them from the cache; a class is in use once it is whole.

@@ -1,0 +1,79 @@
+"""Several deterministic drafters as one: their trees merged, the likeliest nodes first, within one budget of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, Verified
+from subquad.ir.draft import DraftTree
+from subquad.ir.errors import PassError
+from subquad.passes.speculate.sample_and_descend import SampleAndDescend
+
+
+def merge(trees: Sequence[DraftTree], rows: int) -> DraftTree:
+    """The trie of all trees' paths, cut to the `rows` nodes of highest value below the root.
+
+    A path that several trees propose counts once, with the highest of its values.
+    """
+    tokens, parents, values = [trees[0].tokens[0]], [-1], [1.0]
+    place: dict[tuple[int, int], int] = {}
+    heap: list[tuple[float, int, int, int]] = []  # (−value, tree, node, parent in the trie)
+
+    def push(which: int, node: int, into: int) -> None:
+        tree = trees[which]
+        for child in tree.children[node]:
+            value = tree.values[child] if tree.values else 0.0
+            heappush(heap, (-min(value, values[into]), which, child, into))
+
+    for which in range(len(trees)):
+        push(which, 0, 0)
+    while heap:
+        value, which, node, into = heappop(heap)
+        key = (into, trees[which].tokens[node])
+        if key not in place:
+            if len(tokens) > rows:
+                break
+            place[key] = len(tokens)
+            tokens.append(key[1])
+            parents.append(into)
+            values.append(-value)
+        push(which, node, place[key])
+    return DraftTree(tuple(tokens), tuple(parents), tuple(values))
+
+
+@dataclass(frozen=True)
+class Union:
+    """Each part proposes as if it were alone, and learns from all that is committed.
+
+    Raises PassError for a part whose drafts are drawn: they must not be merged, or their acceptance would not be exact.
+    """
+
+    parts: tuple[Drafter, ...]
+    acceptance: AcceptanceRule = field(default_factory=SampleAndDescend)
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if not isinstance(part.acceptance, SampleAndDescend):
+                raise PassError(
+                    f"{type(part).__name__} draws its drafts at random, so it cannot be united with others."
+                )
+
+    def start(self, tokens: Sequence[int], choice: Choice) -> _United:
+        """All parts begin the sequence."""
+        return _United([part.start(tokens, choice) for part in self.parts])
+
+
+@dataclass
+class _United:
+    parts: list[Drafting]
+
+    def propose(self, rows: int, depth: int) -> DraftTree:
+        """The merged tree of at most `rows` nodes."""
+        return merge([part.propose(rows, depth) for part in self.parts], rows)
+
+    def observe(self, result: Verified) -> None:
+        """Every part learns."""
+        for part in self.parts:
+            part.observe(result)
