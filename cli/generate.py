@@ -8,6 +8,8 @@ import click
 
 from subquad.cli import options
 
+METHODS = ("none", "auto", "suffix", "ngram", "recycling", "trigram")
+
 
 @click.command()
 @click.argument("out")
@@ -18,6 +20,11 @@ from subquad.cli import options
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="Nucleus sampling.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the chat template.")
+@click.option("--stream/--no-stream", default=True, help="Print text as it is decoded; default: --stream.")
+@click.option(
+    "--method", type=click.Choice(METHODS), help="How to draft; none decodes one token a step. Default: the plan's."
+)
+@click.option("--num-speculative-tokens", type=click.IntRange(min=1), help="Most tokens drafted for a step.")
 @click.option("--engine", type=click.Choice(["auto", "subquad", "transformers"]), default="auto", show_default=True)
 @click.option("--no-compile", is_flag=True, help="Do not compile the decoder; it takes a minute, once per model.")
 @options.opening
@@ -31,6 +38,9 @@ def command(
     top_p: float,
     seed: int | None,
     raw: bool,
+    stream: bool,
+    method: str | None,
+    num_speculative_tokens: int | None,
     engine: str,
     no_compile: bool,
     trust: bool,
@@ -44,26 +54,32 @@ def command(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = open_for_generation(out, trust=trust, dtype=dtype, attention=attention, engine=engine)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    words = {"method": method, "num_speculative_tokens": num_speculative_tokens}
+    speculation = {word: value for word, value in words.items() if value is not None}
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, speculation)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     compiling = None if no_compile or engine == "transformers" else Compiling(loaded.module)
-    result = generate_text(loaded, text, sampling, raw=raw, engine=engine, on_text=None if as_json else show)
+    streamed = stream and not as_json
+    result = generate_text(loaded, text, sampling, raw=raw, engine=engine, on_text=show if streamed else None)
     if as_json:
         printing.print_json(result.json())
     else:
-        print()
+        print("" if streamed else result.text)
         for note in result.notes:
             click.echo(f"note: {note}", err=True)
         click.echo(
             f"{len(result.tokens)} tokens, first after {result.first_token_seconds:.2f} s, then "
-            f"{result.tokens_per_second:.1f} tokens/s ({result.engine})",
+            f"{result.tokens_per_second:.1f} tokens/s ({result.engine}); {result.mean_accepted:.2f} accepted of "
+            f"{result.rows_per_step:.1f} rows a step, {result.draft_share:.1%} of the time for drafting",
             err=True,
         )
     sys.stdout.flush()
+    if result.interrupted:
+        sys.exit(130)
     why = compiling.wait() if compiling is not None and result.engine == "subquad" else None
     if why is not None:
         click.echo(f"note: {why}", err=True)

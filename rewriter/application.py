@@ -17,6 +17,7 @@ from subquad.bound_forward import BoundForward
 from subquad.capture import Capture
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.errors import SubquadError
+from subquad.ir.loop_rewrite import LOOP, LoopRewrite
 from subquad.ir.plan import Plan
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
@@ -34,6 +35,7 @@ class Rewritten:
 
     original, applied: the capture before and after (the same parameter objects).  replacements: what was done.
     bound: by module path the rewritten graph that is its forward; none where Hugging Face's registry dispatches.
+    loop: how the model's own decoding loop is rewritten, None when it is not.
     undo: puts the modules' own forwards back.
     """
 
@@ -43,6 +45,7 @@ class Rewritten:
     plan: Plan
     report: Report = field(default_factory=Report)
     bound: dict[str, Capture] = field(default_factory=dict)
+    loop: LoopRewrite | None = None
     undo: Callable[[], None] = field(default=lambda: None, repr=False)
     redo: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None, repr=False)
 
@@ -57,7 +60,7 @@ class Rewritten:
         original, mapping = moved(self.original)
         taken = tuple(replace(r, site=carry_site(r.site, mapping)) for r in self.replacements)
         bound = {path: moved(capture)[0] for path, capture in self.bound.items()}
-        copied = Rewritten(original, moved(self.applied)[0], taken, self.plan, self.report, bound)
+        copied = Rewritten(original, moved(self.applied)[0], taken, self.plan, self.report, bound, self.loop)
         memo[id(self)] = copied
         copied.redo = lambda: _bind(root, copied)
         copied.undo = lambda: _unbind(root, copied)
@@ -69,7 +72,9 @@ def rewritten(model: nn.Module) -> Rewritten | None:
     return model.__dict__.get(STATE)
 
 
-def apply_plan(capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, report: Report) -> nn.Module:
+def apply_plan(
+    capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, report: Report, loop: LoopRewrite | None = None
+) -> nn.Module:
     """Rewrite the capture's root module in place and return it.
 
     steps: sites with the rewrite each one gets, already admitted.  Only the forwards of the smallest modules that own the
@@ -81,7 +86,7 @@ def apply_plan(capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, 
     applied = rewritten_capture(capture, replacements)
     seam = _has_seam(root, replacements) and _all_dispatched(capture, report)
     bound = {} if seam else owned_captures(capture, replacements, applied)
-    record = Rewritten(capture, applied, replacements, plan, report, bound)
+    record = Rewritten(capture, applied, replacements, plan, report, bound, loop)
     record.redo = lambda: _bind(root, record)
     record.undo = record.redo()
     root.__dict__[STATE] = record
@@ -102,10 +107,15 @@ def _bind(root: nn.Module, record: Rewritten) -> Callable[[], None]:
             groups = {arg: tuple(learned[n] for n in names) for arg, names in taken.call.parameters.items()}
             sites[taken.site.path] = SeamSite(taken.call.operator, taken.call.spec, groups)
         attach(root, sites)
+    if record.loop is not None:
+        from subquad.speculative_generate import SpeculativeGenerate
+
+        root.__dict__[LOOP] = SpeculativeGenerate(root, record.loop)
     return lambda: _unbind(root, record)
 
 
 def _unbind(root: nn.Module, record: Rewritten) -> None:
+    root.__dict__.pop(LOOP, None)
     for path in record.bound:
         del root.get_submodule(path).__dict__["forward"]
     if not record.bound and record.replacements:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from subquad.application import rewritten
-from subquad.artifact_directory import FORMAT, MANIFEST, WEIGHTS, read_manifest
+from subquad.artifact_directory import FORMAT, MANIFEST, PLAN, WEIGHTS, read_manifest
 from subquad.checkpoint_files import check_weights
 from subquad.decoder_writing import write_decoder
 from subquad.emission import PARAMETERS
@@ -25,7 +25,6 @@ from subquad.plan_file import read_plan
 from subquad.private_cache import written_beside
 from subquad.tokenization import FILES, read_codec
 
-PLAN = "plan.json"
 EXAMPLE = "example_inputs.safetensors"
 
 

@@ -9,11 +9,14 @@ from subquad.checkpoint_files import check_weights
 from subquad.decoder import Decoder
 from subquad.decoder_file import read_decoder
 from subquad.ir.errors import ArtifactError, SubquadError
+from subquad.plan_file import read_plan
+from subquad.speculation_words import planned
 from subquad.tokenization import read_json
 
 FORMAT = 1
 MANIFEST = "subquad.json"
 WEIGHTS = "model.safetensors"
+PLAN = "plan.json"
 
 
 def is_artifact(directory: Path) -> bool:
@@ -52,4 +55,7 @@ def stored_decoder(directory: Path) -> Decoder | None:
     if not (directory / WEIGHTS).is_file():
         raise ArtifactError(f"{directory} lacks {WEIGHTS}; save the model again.")
     check_weights(directory / WEIGHTS)
-    return read_decoder(directory, directory / WEIGHTS, plan_hash)
+    decoder = read_decoder(directory, directory / WEIGHTS, plan_hash)
+    if decoder is not None and (directory / PLAN).is_file():
+        decoder.speculation = planned(read_plan(directory / PLAN))
+    return decoder

@@ -12,6 +12,7 @@ from torch import Tensor
 from subquad.compilation import Order, compile_orders
 from subquad.ir.decoding import Choice, Drafter, Stepper
 from subquad.ir.errors import SubquadError
+from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.passes.speculate.greedy import Greedy
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
 from subquad.runtime.chain_stepper import ChainStepper, LockStepper
@@ -19,7 +20,7 @@ from subquad.runtime.chance import seeded
 from subquad.runtime.decode_engine import DecodeEngine, executor
 from subquad.runtime.generation import check_prompt, in_step
 from subquad.runtime.layout import DecoderLayout
-from subquad.runtime.pacing import MeasuredPacing, Pacing
+from subquad.runtime.pacing import MOST, MeasuredPacing, Pacing
 from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
 from subquad.runtime.speculation import Ending, Pass, speculate
@@ -39,15 +40,19 @@ class DecoderPrograms:
 class Decoder:
     """Prefill, step, rollback and generation of one model.  States belong to calls, so threads may share a decoder."""
 
-    def __init__(self, programs: DecoderPrograms, weights: Mapping[str, Tensor]) -> None:
-        """weights: the tensors that the schedules read, by name."""
+    def __init__(
+        self, programs: DecoderPrograms, weights: Mapping[str, Tensor], speculation: LoopRewrite | None = None
+    ) -> None:
+        """weights: the tensors that the schedules read, by name.  speculation: what the model's plan says of its loop."""
+        self.speculation = speculation
         self.programs, self.weights = programs, weights
         device = next((t.device for t in weights.values()), torch.device("cpu"))
         eager = {name: executor(programs.schedules[name], weights) for name in ("step", "first")}
         self.engine = DecodeEngine(programs.layout, eager, device)
         self.failure: str | None = None
         self._worker: threading.Thread | None = None
-        self._pacing: dict[int, MeasuredPacing] = {}
+        self._pacing: dict[tuple[int, int], MeasuredPacing] = {}
+        self._drafters: dict[LoopRewrite, Drafter] = {}
 
     @property
     def ready(self) -> bool:
@@ -96,11 +101,12 @@ class Decoder:
 
     def decode(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, choice: Choice, ending: Ending,
-        drafter: Drafter | None = None, pacing: Pacing | None = None,
+        drafter: Drafter | None = None, most: int = MOST, pacing: Pacing | None = None,
     ) -> Iterator[Pass]:  # fmt: skip
         """Yield what each pass of the model gave; see subquad.runtime.speculation.speculate.
 
-        pacing: how much of a draft is verified; None weighs the gain against the costs that this decoder has measured.
+        most: tokens that a pass may feed in all rows together.  pacing: how much of a draft is verified; None weighs the
+        gain against the costs that this decoder has measured.
         """
         check_prompt(ids, attention_mask, ending.max_new_tokens)
         room = ids.shape[1] + ending.max_new_tokens
@@ -108,12 +114,16 @@ class Decoder:
         plain = Greedy() if choice.greedy else SampleAndDescend()
         return speculate(
             stepper, ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
-            pacing=pacing if pacing is not None else self._measured(),
+            pacing=pacing if pacing is not None else self._measured(min(most, MOST)),
         )  # fmt: skip
 
-    def _measured(self) -> MeasuredPacing:
+    def drafter(self, speculation: LoopRewrite) -> Drafter:
+        """The drafter of a way to speculate; it is kept, so that what it learns serves later calls."""
+        return self._drafters.setdefault(speculation, speculation.drafter())
+
+    def _measured(self, most: int) -> MeasuredPacing:
         """The costs of the programs that are in use now, shared by all calls."""
-        return self._pacing.setdefault(len(self.engine.compiled), MeasuredPacing())
+        return self._pacing.setdefault((len(self.engine.compiled), most), MeasuredPacing(most))
 
     def compile(self, *, wait: bool = True, report: Report = lambda done, total: None) -> None:
         """Compile the programs of each width class, or load them from the cache; a class is in use once it is whole.

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from subquad.ir.errors import PassError, did_you_mean
+from subquad.ir.loop_rewrite import LoopRewrite, Pass
 from subquad.ir.rewrite import Rewrite
 from subquad.passes import discover
 
@@ -15,12 +16,12 @@ DEFAULTS = {"linearize": "linearize:lolcats"}
 """The method that a family's bare name stands for."""
 
 
-def parse_pass(text: str | Rewrite) -> Rewrite:
+def parse_pass(text: str | Pass) -> Pass:
     """The rewrite that a written pass names, with its knobs set.
 
     Raises PassError for an unknown pass or knob (suggesting the nearest) and for a value the knob cannot take.
     """
-    if isinstance(text, Rewrite):
+    if isinstance(text, Pass):
         return text
     written = text.strip()
     if "(" in written:
@@ -39,14 +40,24 @@ def parse_pass(text: str | Rewrite) -> Rewrite:
     return make_pass(name.strip(), knobs)
 
 
-def parse_passes(passes: str | Rewrite | Iterable[str | Rewrite]) -> list[Rewrite]:
-    """A list of passes from one or several written forms."""
-    if isinstance(passes, (str, Rewrite)):
-        return [parse_pass(passes)]
-    return [parse_pass(item) for item in passes]
+def parse_request(passes: str | Pass | Iterable[str | Pass]) -> tuple[list[Rewrite], LoopRewrite | None]:
+    """The rewrites of sites that are asked for, in order, and the rewrite of the decoding loop, of which there is one at most."""
+    parsed = [parse_pass(item) for item in ([passes] if isinstance(passes, (str, Pass)) else passes)]
+    loops = [found for found in parsed if isinstance(found, LoopRewrite)]
+    if len(loops) > 1:
+        raise PassError(f"{loops[0]} and {loops[1]} both rewrite the decoding loop; name one.")
+    return [found for found in parsed if isinstance(found, Rewrite)], (loops[0] if loops else None)
 
 
-def make_pass(name: str, knobs: dict[str, Any]) -> Rewrite:
+def parse_passes(passes: str | Pass | Iterable[str | Pass]) -> list[Rewrite]:
+    """A list of rewrites of sites from one or several written forms."""
+    sites, loop = parse_request(passes)
+    if loop is not None:
+        raise PassError(f"{loop.name} rewrites the decoding loop of a model; give it to subquad.rewrite.")
+    return sites
+
+
+def make_pass(name: str, knobs: dict[str, Any]) -> Pass:
     """The rewrite `name` with the given knob values; raises PassError as parse_pass does."""
     known = discover()
     kind = known.get(DEFAULTS.get(name, name))

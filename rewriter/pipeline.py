@@ -19,18 +19,22 @@ from subquad.fingerprint import fingerprint
 from subquad.ir.contract import Contract
 from subquad.ir.cost import declined
 from subquad.ir.errors import PlanError, SelectionError, did_you_mean
+from subquad.ir.loop_rewrite import LOOP, LoopRewrite, Pass
 from subquad.ir.plan import Plan, Step
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
-from subquad.pass_spec import make_pass, parse_passes
+from subquad.pass_spec import make_pass, parse_passes, parse_request
 from subquad.passes import discover
 from subquad.recognition import recognise
+from subquad.speculation_words import planned
 
-Passes = str | Rewrite | Iterable[str | Rewrite] | None
+Passes = str | Pass | Iterable[str | Pass] | None
 EXACT_DEFAULT = ("fuse",)
 """What `rewrite` considers when no pass is named: exact rewrites only, and of those the ones that pay."""
+LOSSLESS_DEFAULT = "speculate"
+"""What the decoding loop of a model that generates gets when no pass is named."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def rewrite(
         return decorate(model, passes=passes, where=where, verify=verify)
     if plan is not None and (passes is not None or where is not None):
         raise PlanError("give either a plan, or passes and a pattern, not both.")
-    chosen = None if passes is None else parse_passes(passes)
+    chosen, loop = (None, None) if passes is None else parse_request(passes)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     if isinstance(model, nn.Module) and rewritten(model) is not None:
         restore(model)
@@ -132,16 +136,19 @@ def rewrite(
         )
     captured, report = _captured_report(model, example_inputs)
     if parsed is not None:
-        steps = planned_steps(parsed, report.sites)
+        steps, loop = planned_steps(parsed, report.sites), planned(parsed)
     else:
-        steps = choose(chosen, selected_sites(report, where), report)
-    return carry_out(captured, report, steps, verify)
+        steps = choose(parse_passes(EXACT_DEFAULT) if chosen == [] else chosen, selected_sites(report, where), report)
+        loop = chosen_loop(captured.root, loop, passes is None and len(steps) == len(report.sites), report)
+    return carry_out(captured, report, steps, verify, loop)
 
 
-def carry_out(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], verify: bool) -> nn.Module:
+def carry_out(
+    captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], verify: bool, loop: LoopRewrite | None = None
+) -> nn.Module:
     """Apply chosen steps to a capture's root, verify them, and roll back what breaks its contract."""
     start = time.perf_counter()
-    root = _apply(captured, report, steps)
+    root = _apply(captured, report, steps, loop)
     report.seconds["apply"] = time.perf_counter() - start
     if verify and steps:
         from subquad.verification import failed_steps
@@ -153,7 +160,7 @@ def carry_out(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite
             report.rolled_back.extend(broken)
             paths = {refusal.path for refusal in broken}
             restore(root)
-            root = _apply(captured, report, [(s, r) for s, r in steps if s.path not in paths])
+            root = _apply(captured, report, [(s, r) for s, r in steps if s.path not in paths], loop)
     record = rewritten(root)
     if record is not None and record.bound:
         report.notes.append(_bound_note(list(record.bound)))
@@ -166,14 +173,34 @@ def _bound_note(paths: list[str]) -> str:
     return "forward rebound: " + ", ".join(path or "the whole model" for path in paths[:4]) + more
 
 
-def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]]) -> nn.Module:
+def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], loop: LoopRewrite | None) -> nn.Module:
+    named: list[tuple[str, Pass]] = [(site.path, step) for site, step in steps]
+    named += [(LOOP, loop)] if loop is not None else []
     plan = Plan(
-        tuple(Step(site.path, step.name, tuple(sorted(step.knobs().items()))) for site, step in steps),
+        tuple(Step(path, step.name, tuple(sorted(step.knobs().items()))) for path, step in named),
         fingerprint(captured.root),
     )
     report.plan = plan
     report.applied = [applied_entry(site, step) for site, step in steps]
-    return apply_plan(captured, steps, plan, report)
+    if loop is not None:
+        report.applied.append({"path": LOOP, "pass": str(loop), "contract": loop.contract.value, "mask": ""})
+    return apply_plan(captured, steps, plan, report, loop)
+
+
+def chosen_loop(root: nn.Module, named: LoopRewrite | None, by_default: bool, report: Report) -> LoopRewrite | None:
+    """The rewrite of a model's decoding loop: the one that was named, or the default one; None where the model has no loop.
+
+    A named one for a model that does not generate is refused in the report.
+    """
+    can = getattr(root, "can_generate", None)
+    generates = hasattr(root, "generate") and can is not None and bool(can())
+    if named is not None and not generates:
+        reason = f"{type(root).__name__} has no decoding loop of its own (no generate method)."
+        report.refused.append(Refusal(LOOP, named.name, reason))
+        return None
+    if named is None and by_default and generates:
+        return make_pass(LOSSLESS_DEFAULT, {})  # type: ignore[return-value]
+    return named
 
 
 def applied_entry(site: Site, step: Rewrite) -> dict[str, Any]:
@@ -240,10 +267,13 @@ def planned_steps(plan: Plan, sites: list[Site]) -> list[tuple[Site, Rewrite]]:
     by_path = {site.path: site for site in sites}
     steps = []
     for step in plan.steps:
+        if step.path == LOOP:
+            continue
         site = by_path.get(step.path)
         if site is None:
             raise PlanError(f"the plan names the site {step.path!r}; {did_you_mean(step.path, by_path)}")
         made = make_pass(step.rewrite, dict(step.knobs))
+        assert isinstance(made, Rewrite)
         refusal = made.admits(site)
         if refusal is not None:
             raise PlanError(f"the plan's {step.rewrite!r} does not fit: {refusal}")

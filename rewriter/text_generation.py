@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ import torch
 
 from subquad.artifact_directory import is_artifact, stored_decoder
 from subquad.decoder import Decoder
+from subquad.ir.decoding import Choice
 from subquad.ir.errors import GenerationError, SubquadError, first_line
 from subquad.model_source import LoadedModel, open_model
 from subquad.progress import progress
+from subquad.runtime.chance import seeded
+from subquad.runtime.pacing import MOST
+from subquad.runtime.processors import processors
+from subquad.runtime.speculation import Ending
+from subquad.speculation_words import spoken
 from subquad.tokenization import TextCodec, read_codec
 
 
@@ -27,7 +34,8 @@ class Generated:
     text, tokens: the new tokens, decoded and as ids (the end token left out of the text).  prompt_tokens: their number.
     first_token_seconds: from the call to the first token, prefill included.  tokens_per_second: tokens after the first
     over their time, NaN for fewer than two.  mean_accepted: tokens per step of the model.  engine: "subquad" (the derived
-    incremental decoder) or "transformers" (the model's own generate).
+    incremental decoder) or "transformers" (the model's own generate).  rows_per_step: tokens a step verifies.
+    draft_share: share of the time spent on drafting.  interrupted: Ctrl-C ended it.
     """
 
     text: str
@@ -37,6 +45,9 @@ class Generated:
     tokens_per_second: float
     engine: str
     mean_accepted: float = 1.0
+    rows_per_step: float = 1.0
+    draft_share: float = 0.0
+    interrupted: bool = False
     notes: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
@@ -46,6 +57,9 @@ class Generated:
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_second,
             "mean_accepted": self.mean_accepted,
+            "rows_per_step": self.rows_per_step,
+            "draft_share": self.draft_share,
+            "interrupted": self.interrupted,
             "prompt_tokens": self.prompt_tokens,
             "first_token_seconds": self.first_token_seconds,
             "engine": self.engine,
@@ -55,16 +69,30 @@ class Generated:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedy at temperature 0, otherwise sampled within top_k and top_p from a seed."""
+    """How the next token is chosen: greedy at temperature 0, otherwise sampled within top_k and top_p from a seed.
+
+    speculation: words of subquad.speculation_words, such as {"method": "ngram"}; empty leaves it to the model's plan.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    speculation: Mapping[str, Any] = field(default_factory=dict)
 
 
-TokenStream = Callable[[Any, list[int], Sampling, tuple[int, ...]], Iterator[int]]
+@dataclass
+class Work:
+    """What the steps after the first token took: how many, the tokens they verified, and seconds in all and for drafting."""
+
+    steps: int = 0
+    verified: int = 0
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+
+
+TokenStream = Callable[[Any, list[int], Sampling, tuple[int, ...], Work], Iterator[int]]
 
 
 def generate_text(
@@ -93,14 +121,25 @@ def generate_text(
     tokens: list[int] = []
     start = time.perf_counter()
     first = last = start
-    for token in stream(loaded.module, ids, sampling, loaded.codec.eos):
-        last = time.perf_counter()
-        first = last if not tokens else first
-        tokens.append(token)
-        pieces.add(token)
+    work = Work()
+    interrupted = False
+    try:
+        for token in stream(loaded.module, ids, sampling, loaded.codec.eos, work):
+            last = time.perf_counter()
+            first = last if not tokens else first
+            tokens.append(token)
+            pieces.add(token)
+    except KeyboardInterrupt:
+        interrupted = True
+        notes.append("interrupted; what was decoded until then is kept")
     pieces.finish()
     speed = (len(tokens) - 1) / (last - first) if len(tokens) > 1 and last > first else float("nan")
-    return Generated(pieces.text, tokens, len(ids), first - start, speed, name, 1.0, notes)
+    found = Generated(pieces.text, tokens, len(ids), first - start, speed, name, interrupted=interrupted, notes=notes)
+    if work.steps:
+        found.mean_accepted = max(1.0, (len(tokens) - 1) / work.steps)
+        found.rows_per_step = work.verified / work.steps
+        found.draft_share = work.draft_seconds / work.seconds
+    return found
 
 
 def open_for_generation(
@@ -132,6 +171,7 @@ def decoder_of(module: Any) -> Decoder:
     if kept is not None and kept[0] is record:
         return kept[1]  # type: ignore[no-any-return]
     made = decoder(module)
+    made.speculation = record.loop
     module.__dict__["_subquad_decoder"] = (record, made)
     return made
 
@@ -186,7 +226,7 @@ def _engine(module: Any, wanted: str, notes: list[str]) -> tuple[TokenStream, st
                 raise
             notes.append(f"the model's own generate was used: {refusal}")
         else:
-            return lambda _module, ids, sampling, eos: _derived_tokens(derived, ids, sampling, eos), "subquad"
+            return functools.partial(_derived_tokens, derived), "subquad"
     if not own:
         raise GenerationError(f"{type(module).__name__} has no generate method of its own; use the engine subquad.")
     return transformers_tokens, "transformers"
@@ -204,21 +244,35 @@ def _is_refusal(error: SubquadError) -> bool:
     return isinstance(error, NotIncremental)
 
 
-def _derived_tokens(derived: Decoder, ids: list[int], sampling: Sampling, eos: tuple[int, ...]) -> Iterator[int]:
-    for row in derived.generate(
-        torch.tensor([ids]),
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_ids=eos,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-    ):
-        if row[0] is not None:
-            yield row[0]
+def _derived_tokens(
+    derived: Decoder, module: Any, ids: list[int], sampling: Sampling, eos: tuple[int, ...], work: Work
+) -> Iterator[int]:
+    wanted = spoken(dict(sampling.speculation), derived.speculation)
+    choice = Choice(
+        processors(sampling.temperature, sampling.top_k, sampling.top_p),
+        sampling.temperature == 0,
+        seeded(sampling.seed, derived.engine.device),
+    )
+    passes = derived.decode(
+        torch.tensor([ids], device=derived.engine.device),
+        choice=choice,
+        ending=Ending(sampling.max_new_tokens, frozenset(eos)),
+        drafter=None if wanted is None else derived.drafter(wanted),
+        most=MOST if wanted is None else 1 + wanted.num_speculative_tokens,
+    )
+    for n, one in enumerate(passes):
+        if n:
+            work.steps += 1
+            work.verified += one.verified
+            work.seconds += one.seconds
+            work.draft_seconds += one.draft_seconds
+        for emission in one.emitted[0]:
+            yield emission.token
 
 
-def transformers_tokens(module: Any, ids: list[int], sampling: Sampling, eos: tuple[int, ...]) -> Iterator[int]:
+def transformers_tokens(
+    module: Any, ids: list[int], sampling: Sampling, eos: tuple[int, ...], work: Work
+) -> Iterator[int]:
     """The model's own `generate`, cache on, its tokens handed on as they appear."""
     from transformers.generation.streamers import BaseStreamer
 
@@ -245,17 +299,19 @@ def transformers_tokens(module: Any, ids: list[int], sampling: Sampling, eos: tu
     if eos:
         options |= {"eos_token_id": list(eos), "pad_token_id": eos[0]}
 
-    def work() -> None:
+    def run() -> None:
         try:
             prompt = torch.tensor([ids])
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
             with torch.no_grad():
-                module.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=Hand(), **options)
+                type(module).generate(
+                    module, prompt, attention_mask=torch.ones_like(prompt), streamer=Hand(), **options
+                )
         except BaseException as error:
             found.put(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while True:
         token = found.get()

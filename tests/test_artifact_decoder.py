@@ -146,7 +146,7 @@ print("\\n".join(sys.modules))
 """
 HEAVY = (
     "sympy", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch._inductor", "triton", "transformers",
-    "networkx", "subquad.passes", "subquad.derivation", "subquad.capture", "subquad.blocks",
+    "networkx", "subquad.passes.recognize", "subquad.passes.fuse", "subquad.derivation", "subquad.capture", "subquad.blocks",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from subquad.bound_forward import BoundForward
 from subquad.ir.errors import CaptureError, PassError, PlanError, SelectionError, SubquadError
 from subquad.ir.plan import Plan
 from subquad.pass_spec import parse_pass
-from subquad.passes import discover
+from subquad.passes import of_sites
 
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -184,9 +184,9 @@ def test_a_broken_rewrite_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(fast(IDS), want)
 
 
-@pytest.mark.parametrize("name", discover())
+@pytest.mark.parametrize("name", of_sites())
 def test_every_pass_meets_its_own_examples(name: str) -> None:
-    kind = discover()[name]
+    kind = of_sites()[name]
     for model, inputs, verdict in kind.examples():
         report = subquad.inspect(model.eval(), inputs)
         refusals = [refusal.reason for refusal in (kind().admits(site) for site in report.sites) if refusal is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -74,11 +74,19 @@ class Verified:
 
 @dataclass(frozen=True)
 class Choice:
-    """How tokens are chosen: the processors in order, whether the largest score wins or one is drawn, and by what chance."""
+    """How tokens are chosen: the processors in order, whether the largest score wins or one is drawn, and by what chance.
+
+    by_row: the processors of each row of a batch where they differ.
+    """
 
     processors: tuple[Processor, ...]
     greedy: bool
     chance: Chance
+    by_row: tuple[tuple[Processor, ...], ...] = ()
+
+    def of_row(self, row: int) -> Choice:
+        """How the tokens of one row are chosen."""
+        return replace(self, processors=self.by_row[row], by_row=()) if self.by_row else self
 
 
 class Drafting(Protocol):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
 
-from subquad.ir.contract import Contract
 from subquad.ir.cost import Cost
+from subquad.ir.loop_rewrite import Pass
 from subquad.ir.refusal import Refusal
 from subquad.ir.site import Site
 
@@ -30,16 +30,8 @@ class SiteOperator:
 
 
 @dataclass(frozen=True)
-class Rewrite(ABC):
-    """Base of all rewrites of attention sites; a subclass's fields are its knobs.
-
-    Dropping a module with a subclass into a family folder of `passes/` registers it under `name`.
-    """
-
-    name: ClassVar[str]
-    contract: ClassVar[Contract]
-    matches: ClassVar[str]
-    paper: ClassVar[str]
+class Rewrite(Pass):
+    """Base of all rewrites of attention sites; a subclass's fields are its knobs."""
 
     @abstractmethod
     def admits(self, site: Site) -> Refusal | None:
@@ -64,11 +56,3 @@ class Rewrite(ABC):
     def examples(cls) -> Iterator[tuple[torch.nn.Module, tuple[Any, ...], str]]:
         """(module, inputs, "applies" or "refuses: <words of the reason>") for the generic tests."""
         yield from ()
-
-    def knobs(self) -> dict[str, Any]:
-        """The knob values by name, as stored in a plan."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def __str__(self) -> str:
-        knobs = ", ".join(f"{key}={value}" for key, value in self.knobs().items())
-        return f"{self.name}({knobs})" if knobs else self.name

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from subquad.ir.draft import DraftTree
 
+MOST = 16
+"""Tokens that a pass may feed: the widest for which a decoder is compiled."""
 MARGIN = 1.02
 """Speculation must be faster than plain decoding by this factor to go on."""
 WINDOW = 32
@@ -96,7 +98,7 @@ class MeasuredPacing:
     its cost known.
     """
 
-    most: int = 16
+    most: int = MOST
     costs: Costs = field(default_factory=Costs)
     trust: float = 1.0
     _spent: float = 0.0

@@ -126,7 +126,7 @@ def speculate(
     yield Pass(tuple(map(tuple, emitted)), _ended(rows), len(rows), time.perf_counter() - start, 0.0)
     if drafter is not None:
         for row, prompt, new in zip(rows, prompts, emitted, strict=True):
-            row.drafting = None if row.ended else drafter.start((*prompt, new[0].token), choice)
+            row.drafting = None if row.ended else drafter.start((*prompt, new[0].token), row.choice)
     while not all(row.ended for row in rows):
         start = time.perf_counter()
         trees = _trees(rows, stepper, pacing, first.shape[-1])
@@ -154,7 +154,7 @@ def _rows(ids: Tensor, ending: Ending, choice: Choice, rule: AcceptanceRule) -> 
     batch, length = ids.shape
     buffer = ids.new_zeros(batch, length + ending.max_new_tokens)
     buffer[:, :length] = ids
-    return [_Row(n, buffer[n : n + 1], ending, choice, rule) for n in range(batch)]
+    return [_Row(n, buffer[n : n + 1], ending, choice.of_row(n), rule) for n in range(batch)]
 
 
 def _real(ids: Tensor, mask: Tensor | None) -> Sequence[int]:

@@ -1,0 +1,102 @@
+"""`model.generate` of a rewritten Hugging Face model: the same arguments, decoded by draft and verify."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from subquad.ir.errors import SubquadError
+from subquad.ir.loop_rewrite import LoopRewrite
+from subquad.runtime.pacing import MOST
+from subquad.speculation_words import LOOKUP, NGRAM, spoken
+
+OWN = ("assistant_model", "custom_generate", "negative_prompt_ids", "past_key_values", "inputs_embeds", "position_ids",
+       "cache_implementation", "assistant_early_exit")  # fmt: skip
+"""Arguments that leave a call to the model's own generate."""
+SEARCH = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
+          "force_words_ids": None, "low_memory": None, "token_healing": False}  # fmt: skip
+"""Settings, with the value that leaves decoding one token after another."""
+WORTH_COMPILING = 2**24
+"""Bytes of weights from which on the decoder is compiled beside its first generation."""
+
+
+class SpeculativeGenerate:
+    """The bound replacement of a model's `generate`; what it cannot decode goes to the model's own.
+
+    Arguments are prepared by Hugging Face's generate, which is then handed the decoding method.  The words of
+    `subquad.speculation_words` are taken beside them.  `why_not` says why the last call was left to the model's own decoding,
+    None when it was not.
+    """
+
+    def __init__(self, model: Any, rewrite: LoopRewrite) -> None:
+        """rewrite: the speculation of calls that ask for none of their own."""
+        self.model, self.rewrite = model, rewrite
+        self.why_not: str | None = None
+
+    def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`.  Raises GenerationError or PassError for words of speculation that do not fit."""
+        own = type(self.model).generate
+        config = generation_config if generation_config is not None else self.model.generation_config
+        self.why_not = _left(config, kwargs)
+        if self.why_not is not None:
+            return own(self.model, inputs, generation_config, **kwargs)
+        given, kwargs = _without_words(generation_config, config, dict(kwargs))
+        chosen = spoken(kwargs, self.rewrite)
+        try:
+            decoder = self._decoder()
+        except SubquadError as refusal:
+            self.why_not = str(refusal)
+            return own(self.model, inputs, generation_config, **kwargs)
+        from subquad.runtime.hf_decoding import HuggingFaceCall
+
+        drafter = None if chosen is None else decoder.drafter(chosen)
+        most = MOST if chosen is None else 1 + chosen.num_speculative_tokens
+        decode = functools.partial(decoder.decode, most=most)
+        call = HuggingFaceCall(decode, decoder.engine.device, drafter, kwargs.get("streamer"))
+        result = own(self.model, inputs, given, custom_generate=call, **_criteria(config, kwargs))
+        self.why_not = call.why_not
+        return result
+
+    def _decoder(self) -> Any:
+        from subquad.text_generation import decoder_of
+
+        decoder = decoder_of(self.model)
+        if sum(t.numel() * t.element_size() for t in self.model.parameters()) >= WORTH_COMPILING:
+            decoder.compile(wait=False)
+        return decoder
+
+
+def _left(config: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a call is left to the model's own generate before anything is prepared."""
+    given = next((word for word in OWN if kwargs.get(word) is not None), None)
+    if given is not None:
+        return f"the call gives {given}"
+    for word, plain in SEARCH.items():
+        value = kwargs.get(word, getattr(config, word, plain))
+        if value not in (plain, None, False):
+            return f"the call asks for {word} {value}"
+    return None
+
+
+def _without_words(given: Any, config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration that was given, if any, without prompt lookup, which moves to the call's words."""
+    if getattr(config, LOOKUP, None) is None:
+        return given, kwargs
+    config = copy.deepcopy(config)
+    kwargs.setdefault(LOOKUP, getattr(config, LOOKUP))
+    kwargs.setdefault(NGRAM, getattr(config, NGRAM, None))
+    setattr(config, LOOKUP, None)
+    return config, kwargs
+
+
+def _criteria(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with stop strings as a criterion: `generate` drops the tokenizer when it is handed a decoding method."""
+    strings = kwargs.get("stop_strings", getattr(config, "stop_strings", None))
+    tokenizer = kwargs.get("tokenizer")
+    if strings is None or tokenizer is None:
+        return kwargs
+    from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+    found = StoppingCriteriaList([StopStringCriteria(tokenizer, strings), *(kwargs.get("stopping_criteria") or ())])
+    return {**kwargs, "stop_strings": None, "stopping_criteria": found}
