@@ -210,14 +210,3 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """[1 or B, 1 or Hkv, N_s] joined along N."""
     batch, heads = torch.broadcast_shapes(*(part.shape[:2] for part in parts))
     return torch.cat([part.expand(batch, heads, -1) for part in parts], 2)
-
-
-def split(joined: Tensor, like: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
-    """The transpose of `join` for one of k and v: gradients [B, N, Hkv, *] back to segments shaped as `like`."""
-    parts = torch.split(joined, [segment.shape[1] for segment in like], 1)
-    if not rows:
-        return [part.to(segment.dtype).clone() for part, segment in zip(parts, like, strict=True)]
-    return [
-        torch.zeros(segment.shape, dtype=part.dtype, device=part.device).index_add_(0, row, part).to(segment.dtype)
-        for part, segment, row in zip(parts, like, rows, strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""Computes the gradients of softmax attention by recomputing its weights, a block of query rows at a time."""
+"""Computes the gradients of softmax attention piece by piece, each with the log-sum-exp of the whole rows; memory is O(T)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.kernels.segments import join, split
-from subquad.kernels.softmax_torch import compute_dtype, scores
+from subquad.kernels.segments import Segment, segments
+from subquad.kernels.sharing import Run, runs
+from subquad.kernels.softmax_partial_backward import Spread, partial_backward
+from subquad.kernels.softmax_pieces import Piece, pieces, slots_of, take, trimmed, visible_parts
+from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import SoftmaxSpec
-from subquad.kernels.visibility import per_head, predicate_env, query_positions, visibility
-
-ROWS = 512
-"""Query rows handled at once; memory is O(ROWS * keys)."""
+from subquad.kernels.visibility import Predicate
 
 
 def softmax_attention_backward(
     grad_o: Tensor,
     grad_lse: Tensor,
+    o: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -31,87 +33,129 @@ def softmax_attention_backward(
     operands: Sequence[Tensor],
     scalars: Sequence[int],
     spec: str,
+    bias_too: bool,
 ) -> list[Tensor]:
-    """Gradients [q, *k, *v, bias if given, sinks if given] for grad_o [B, Tq, H, V] and grad_lse [B, Tq, H] (or [0] for none).
+    """Gradients [q, *k, *v, bias if bias_too (with four dimensions), sinks if given].
 
-    dS = P * (dP - rowsum(P * dP) + dlse), the identity of FlashAttention (2205.14135) with the log-sum-exp as a
-    second output.
+    grad_o [B, Tq, H, V], grad_lse [B, Tq, H] (or [0] for none); o, lse: the operator's outputs. Stored rows that several
+    query rows read get the sum of their gradients. The weights are exp(score - lse) whatever the segment, since lse is
+    that of the whole row, sink included.
     """
     what = SoftmaxSpec.parse(spec)
-    keys = join(k, v, rows, lengths, positions)
-    query = query_positions(q, q_positions)
+    batch, q_len, heads, _ = q.shape
     dtype = compute_dtype(q)
-    kv_heads = keys.k.shape[2]
-    key, value = (x.to(dtype).permute(0, 2, 1, 3) for x in (keys.k, keys.v))
-    dq = torch.zeros_like(q, dtype=dtype)
-    dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+    parts = segments(k, v, rows, lengths, positions)
+    predicate = Predicate(what.mask, batch, heads, q_len, q_positions, operands, scalars)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
-    dbias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
-    dsinks = None if sinks is None else torch.zeros(kv_heads, q.shape[2] // kv_heads, dtype=dtype, device=q.device)
-    for start in range(0, q.shape[1], ROWS):
-        part = slice(start, min(start + ROWS, q.shape[1]))
-        env = predicate_env(what.mask or "True", q.shape[0], q.shape[2], query, keys.position, operands, scalars)
-        env |= {name: env[name][:, :, part] for name in ("q", "i") if name in env}
-        local_bias = None if bias is None else (bias[:, :, part] if bias.shape[2] > 1 else bias)
-        visible = visibility(what.mask, env, None if keys.live is None else per_head(keys.live, q.shape[2]))
-        score = scores(q[:, part], keys.k, what, visible, local_bias)
-        if sinks is not None:
-            sink = sinks.to(dtype).view(1, kv_heads, -1, 1, 1).expand(*score.shape[:4], 1)
-            lse = torch.logaddexp(torch.logsumexp(score, -1, keepdim=True), sink)
-        else:
-            lse = torch.logsumexp(score, -1, keepdim=True)
-        empty = lse == -torch.inf
-        weight = torch.exp(score - lse.masked_fill(empty, 0.0))
-        go = grad_o[:, part].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        gl = torch.zeros_like(lse)
-        if grad_lse.numel():
-            gl = (
-                grad_lse[:, part]
-                .to(dtype)
-                .unflatten(2, (kv_heads, -1))
-                .permute(0, 2, 3, 1)[..., None]
-                .masked_fill(empty, 0.0)
-            )
-        dweight = torch.matmul(go.flatten(2, 3), value.transpose(2, 3)).view_as(weight)
-        shift = gl - (weight * dweight).sum(-1, keepdim=True)
-        dscore = weight * (dweight + shift)
+    dq = torch.zeros_like(q, dtype=dtype)
+    dks, dvs = ([torch.zeros(x.shape, dtype=dtype, device=x.device) for x in side] for side in (k, v))
+    dbias = torch.zeros_like(bias, dtype=dtype) if bias is not None and bias_too else None
+    empty = lse == -torch.inf
+    if bool(empty.any()):
         if what.empty_rows == "mean" and sinks is None:
-            live = (
-                torch.ones_like(score[:, :1, :1, :1]) if keys.live is None else keys.live[:, :, None, None, :].to(dtype)
-            )
-            weight = torch.where(empty, live / live.sum(-1, keepdim=True).clamp_min(1), weight)
-        dv += torch.matmul(weight.flatten(2, 3).transpose(2, 3), go.flatten(2, 3))
-        if dsinks is not None:
-            dsinks += (torch.exp(sink - lse) * shift).sum((0, 3, 4))
-        if dbias is not None:
-            _accumulate(dbias, dscore, part)
-        if what.softcap is not None:
-            dscore = dscore * _softcap_slope(q[:, part], keys.k, what)
-        dscore = (dscore * what.scale).flatten(2, 3)
-        row = q[:, part].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        dk += torch.matmul(dscore.transpose(2, 3), row)
-        dq[:, part] = (
-            torch.matmul(dscore, key).unflatten(2, (-1, part.stop - part.start)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        )
-    grads = [dq.to(q.dtype), *split(dk.transpose(1, 2), k, rows), *split(dv.transpose(1, 2), v, rows)]
+            _add_mean(dvs, parts, grad_o.to(dtype).masked_fill(~empty[..., None], 0.0))
+        grad_o, o = (x.masked_fill(empty[..., None], 0.0) for x in (grad_o, o))
+        grad_lse = grad_lse.masked_fill(empty, 0.0) if grad_lse.numel() else grad_lse
+        lse = lse.masked_fill(empty, torch.inf)
+    whole = _Whole(q, o, lse, grad_o, grad_lse if grad_lse.numel() else None, what)
+    for segment, dk, dv in zip(parts, dks, dvs, strict=True):
+        for part in visible_parts(trimmed(segment), predicate) if q.numel() else []:
+            at = part.first - segment.first
+            here = slice(at, at + part.count)
+            accumulators = (dq, dk[:, here], dv[:, here], slots_of(dbias, part))
+            whole.add(part, predicate, slots_of(bias, part), accumulators)
+    grads = [dq.to(q.dtype), *(g.to(x.dtype) for g, x in zip([*dks, *dvs], [*k, *v], strict=True))]
     if bias is not None and dbias is not None:
         grads.append(dbias.to(bias.dtype))
-    if sinks is not None and dsinks is not None:
-        grads.append(dsinks.flatten().to(sinks.dtype))
+    if sinks is not None:
+        grads.append(whole.sinks(sinks).to(sinks.dtype))
     return grads
 
 
-def _softcap_slope(q: Tensor, k: Tensor, spec: SoftmaxSpec) -> Tensor:
-    assert spec.softcap is not None
-    capped = scores(q, k, spec, None, None)
-    return 1 - (capped / spec.softcap) ** 2
+class _Whole:
+    """Queries with their whole rows' results and gradients."""
+
+    def __init__(self, q: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, spec: SoftmaxSpec) -> None:
+        self.q, self.o, self.lse, self.do, self.dlse, self.spec = q, o, lse, do, dlse, spec
+
+    def add(
+        self, segment: Segment, predicate: Predicate, bias: Tensor | None,
+        into: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    ) -> None:  # fmt: skip
+        """Add what a segment's keys have in the gradients of (q, its k, its v, its part of the bias)."""
+        groups = runs(segment.rows, self.q.shape[0])
+        for piece in pieces(segment, predicate, self.spec.softcap is None and bias is None):
+            offset = 0
+            for slots in piece.slots:
+                size = slots.stop - slots.start
+                visible = None if piece.visible is None else piece.visible[..., offset : offset + size]
+                for run in groups:
+                    self._run(segment, piece, slots, run, visible, bias, into)
+                offset += size
+
+    def _run(
+        self, segment: Segment, piece: Piece, slots: slice, run: Run, visible: Tensor | None, bias: Tensor | None,
+        into: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    ) -> None:  # fmt: skip
+        dq, dk, dv, dbias = into
+        local = bias if bias is None or bias.shape[2] == 1 else bias[:, :, piece.rows]
+        local = local if local is None or local.shape[3] == 1 else take(local, (slots,), 3)
+        q, o, lse, do = (run.queries(x[:, piece.rows]) for x in (self.q, self.o, self.lse, self.do))
+        dlse = None if self.dlse is None else run.queries(self.dlse[:, piece.rows])
+        shown, extra = (None if x is None else run.queries(x) for x in (visible, local))
+        spread = None if dbias is None else _spread(dbias, run, piece.rows, slots)
+        stored = slice(run.start, run.start + run.stored)
+        found = partial_backward(
+            q, segment.k[stored, slots], segment.v[stored, slots], (o, lse), (do, dlse), self.spec, shown, extra,
+            piece.causal, spread,
+        )  # fmt: skip
+        if run.order is None:
+            dq[:, piece.rows] += found[0]
+        else:
+            dq[:, piece.rows].index_add_(0, run.order, found[0].to(dq.dtype))
+        dk[stored, slots] += found[1]
+        dv[stored, slots] += found[2]
+
+    def sinks(self, sinks: Tensor) -> Tensor:
+        """Gradient [H] of the sinks: a sink is a key with score sink and no value."""
+        shift = -(self.do.to(self.lse.dtype) * self.o.to(self.lse.dtype)).sum(-1)
+        shift = shift if self.dlse is None else shift + self.dlse
+        return (torch.exp(sinks.to(self.lse.dtype) - self.lse) * shift).sum((0, 1))
 
 
-def _accumulate(dbias: Tensor, dscore: Tensor, part: slice) -> None:
-    """Add dscore [B, Hkv, G, rows, N], summed over the dimensions along which the bias was broadcast."""
-    full = dscore.flatten(1, 2)
-    target = dbias[:, :, part] if dbias.shape[2] > 1 else dbias
-    for dim in range(4):
-        if target.shape[dim] == 1 and full.shape[dim] != 1:
-            full = full.sum(dim, keepdim=True)
-    target += full
+def _spread(dbias: Tensor, run: Run, rows: slice, slots: slice) -> Spread:
+    """Adds gradients of scores to the gradient of the bias, summed over the dimensions that it was broadcast along."""
+
+    def add(dscore: Tensor, inner_rows: slice, inner_slots: slice) -> None:
+        target = dbias
+        if target.shape[2] > 1:
+            target = target[:, :, rows][:, :, inner_rows]
+        if target.shape[3] > 1:
+            target = target[..., slots][..., inner_slots]
+        for dim in range(4):
+            if dbias.shape[dim] == 1 and dscore.shape[dim] != 1:
+                dscore = dscore.sum(dim, keepdim=True)
+        if run.order is None or dbias.shape[0] == 1:
+            target += dscore
+        else:
+            target.index_add_(0, run.order, dscore)
+
+    return add
+
+
+def _add_mean(dvs: Sequence[Tensor], parts: Sequence[Segment], do: Tensor) -> None:
+    """Add the gradient of rows that put out the mean of their live values; do [B, Tq, H, V] is 0 on all others."""
+    lives = [part.live() for part in parts]
+    counts = [
+        torch.full((do.shape[0], 1), part.count, device=do.device) if live is None else live.sum(-1)
+        for part, live in zip(parts, lives, strict=True)
+    ]
+    total = torch.stack([count.expand(do.shape[0], 1) for count in counts]).sum(0).clamp_min(1)
+    share = do.sum(1).unflatten(1, (parts[0].k.shape[2], -1)).sum(2) / total[..., None]
+    for dv, part, live in zip(dvs, parts, lives, strict=True):
+        spread = share[:, None].expand(-1, part.count, -1, -1)
+        spread = spread if live is None else spread * live[:, 0, :, None, None]
+        if part.rows is None:
+            dv += spread
+        else:
+            dv.index_add_(0, part.rows, spread.contiguous())

@@ -98,6 +98,8 @@ def _(
 def softmax_attention_backward(
     grad_o: Tensor,
     grad_lse: Tensor,
+    o: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -110,12 +112,29 @@ def softmax_attention_backward(
     operands: Sequence[Tensor],
     scalars: Sequence[int],
     spec: str,
+    bias_too: bool,
 ) -> list[Tensor]:
-    """Gradients [q, *k, *v, bias if given (with four dimensions), sinks if given] of softmax_attention."""
+    """Gradients [q, *k, *v, bias if bias_too (with four dimensions), sinks if given] of softmax_attention."""
     return [
         grad.contiguous()
         for grad in softmax_backward.softmax_attention_backward(
-            grad_o, grad_lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec
+            grad_o,
+            grad_lse,
+            o,
+            lse,
+            q,
+            k,
+            v,
+            rows,
+            lengths,
+            positions,
+            q_positions,
+            bias,
+            sinks,
+            operands,
+            scalars,
+            spec,
+            bias_too,
         )
     ]
 
@@ -124,6 +143,8 @@ def softmax_attention_backward(
 def _(
     grad_o: Tensor,
     grad_lse: Tensor,
+    o: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -136,13 +157,14 @@ def _(
     operands: Sequence[Tensor],
     scalars: Sequence[int],
     spec: str,
+    bias_too: bool,
 ) -> list[Tensor]:
     grads = [
         q.new_empty(q.shape),
         *[key.new_empty(key.shape) for key in k],
         *[value.new_empty(value.shape) for value in v],
     ]
-    if bias is not None:
+    if bias is not None and bias_too:
         grads.append(bias.new_empty((1,) * (4 - bias.dim()) + tuple(bias.shape)))
     if sinks is not None:
         grads.append(sinks.new_empty(sinks.shape))
@@ -155,13 +177,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.counts = [len(named[name]) for name in ("k", "rows", "lengths", "positions", "operands")]
     ctx.scalars, ctx.spec = named["scalars"], named["spec"]
     ctx.save_for_backward(
-        named["q"], named["q_positions"], named["bias"], named["sinks"],
+        *output, named["q"], named["q_positions"], named["bias"], named["sinks"],
         *named["k"], *named["v"], *named["rows"], *named["lengths"], *named["positions"], *named["operands"],
     )  # fmt: skip
 
 
 def _backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, q_positions, bias, sinks, *rest = ctx.saved_tensors
+    o, lse, q, q_positions, bias, sinks, *rest = ctx.saved_tensors
     groups = []
     for count in (ctx.counts[0], *ctx.counts):
         groups.append(rest[:count])
@@ -175,16 +197,18 @@ def _backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple
         grad_o = q.new_zeros(*q.shape[:3], v[0].shape[3])
     if grad_lse is None:
         grad_lse = q.new_empty(0)
+    bias_too = bias is not None and ctx.needs_input_grad[ARGUMENTS.index("bias")]
     grads = torch.ops.subquad.softmax_attention_backward(
-        grad_o, grad_lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, ctx.scalars, ctx.spec
-    )
+        grad_o, grad_lse, o, lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, ctx.scalars,
+        ctx.spec, bias_too,
+    )  # fmt: skip
     dq, dk, dv, extra = (
         grads[0],
         grads[1 : 1 + len(k)],
         grads[1 + len(k) : 1 + 2 * len(k)],
         list(grads[1 + 2 * len(k) :]),
     )
-    dbias = None if bias is None else extra.pop(0).reshape(bias.shape)
+    dbias = extra.pop(0).reshape(bias.shape) if bias is not None and bias_too else None
     dsinks = None if sinks is None else extra.pop(0)
     none = [[None] * len(group) for group in (rows, lengths, positions, operands)]
     return dq, dk, dv, none[0], none[1], none[2], None, dbias, dsinks, none[3], None if ctx.scalars else [], None

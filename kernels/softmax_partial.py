@@ -55,7 +55,7 @@ def _library(
         shown = plain > -torch.inf if visible is None or bias is not None else visible
         empty = ~fold_pairs(shown, q, stored, kv_heads, heads_too).any(-1)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, *(_dense(x.transpose(1, 2)) for x in (k, v)), 0.0, causal, attn_mask=additive, scale=spec.scale
+        rows, *(dense(x.transpose(1, 2)) for x in (k, v)), 0.0, causal, attn_mask=additive, scale=spec.scale
     )
     if empty is not None and bool(empty.any()):
         lse = lse.masked_fill(empty, -torch.inf)
@@ -89,7 +89,7 @@ def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (q, k, v) if spare == 0 else (q, k, torch.nn.functional.pad(v, (0, -spare)))
 
 
-def _dense(operand: Tensor) -> Tensor:
+def dense(operand: Tensor) -> Tensor:
     """The operand with the numbers of one head side by side, which the kernel takes for granted and does not check."""
     return operand if operand.stride(-1) == 1 or operand.shape[-1] == 1 else operand.contiguous()
 
@@ -98,10 +98,10 @@ def fold(x: Tensor, stored: int, kv_heads: int, heads_too: bool) -> Tensor:
     """[C * n, Tq, H, D] as [n, H, C * Tq, D], or with the heads of a KV group as [n, Hkv, C * Tq * G, D]."""
     if heads_too:
         grouped = x.unflatten(2, (kv_heads, -1)).unflatten(0, (stored, -1))
-        return _dense(grouped.permute(0, 3, 1, 2, 4, 5).flatten(2, 4))
+        return dense(grouped.permute(0, 3, 1, 2, 4, 5).flatten(2, 4))
     if x.shape[0] == stored:
-        return _dense(x.transpose(1, 2))
-    return _dense(x.unflatten(0, (stored, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
+        return dense(x.transpose(1, 2))
+    return dense(x.unflatten(0, (stored, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3))
 
 
 def unfold(x: Tensor, q: Tensor, heads_too: bool, group: int) -> Tensor:

@@ -109,14 +109,18 @@ class Predicate:
                 env[f"{name}_lo"], env[f"{name}_hi"] = self._query_bounds if name == "q" else _key_bounds(segment)
         env |= {"i_lo": 0, "i_hi": self.q_len - 1, "j_lo": segment.first, "j_hi": segment.first + segment.count - 1}
         if "b" in needed:
-            env["b"] = torch.arange(self.batch)[:, None]
+            env["b"] = torch.arange(self.batch, device=self._device)[:, None, None, None]
         if "h" in needed:
-            env["h"] = torch.arange(self.heads)[None, :]
+            env["h"] = torch.arange(self.heads, device=self._device)[None, :, None, None]
         found = [evaluate(text, env, "test") for text in (maybe, always)]
         some, every = (x if isinstance(x, bool) else torch.as_tensor(x) for x in found)
         return bool(some if isinstance(some, bool) else some.any()), bool(
             every if isinstance(every, bool) else every.all()
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.operands[0].device if self.operands else torch.device("cpu")
 
     @functools.cached_property
     def _query_bounds(self) -> tuple[int, int]:
