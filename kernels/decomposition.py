@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 from subquad.kernels.recurrence_forms import recurrence_torch
-from subquad.kernels.softmax_torch import softmax_attention_torch
+from subquad.kernels.softmax_lowered import softmax_attention_lowered
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
@@ -17,6 +17,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     no form.
     """
     return {
-        torch.ops.subquad.softmax_attention.default: softmax_attention_torch,
+        torch.ops.subquad.softmax_attention.default: softmax_attention_lowered,
         torch.ops.subquad.recurrence.default: recurrence_torch,
     }

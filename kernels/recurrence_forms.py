@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import recurrence_packed as packed
-from subquad.kernels.autograd_scope import recording
 from subquad.kernels.features import width
+from subquad.kernels.operator_scope import recording
 from subquad.kernels.recurrence_arguments import (
     STATE,
     TOKENS,

@@ -152,14 +152,12 @@ def check(
                 f"softmax_attention got rows {list(row.shape)} for segment {index}; "
                 "they must be [B], or page lists [B, 1 or Hkv, pages]."
             )
-    if (
-        not rows
-        and isinstance(q.shape[0], int)
-        and any(isinstance(key.shape[0], int) and key.shape[0] != q.shape[0] for key in k)
-    ):
-        raise ValueError(
-            f"softmax_attention got key segments of batch {[key.shape[0] for key in k]} for batch {q.shape[0]}; give rows."
-        )
+    for index, key in enumerate(k):
+        own, sizes = not rows or _own(rows[index]), (q.shape[0], key.shape[0])
+        if own and all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"softmax_attention got segment {index} of batch {sizes[1]} for batch {sizes[0]} without a row map; give rows."
+            )
 
 
 def segments(
@@ -174,7 +172,7 @@ def segments(
     base: Any = 0
     first: Any = 0
     for s in range(len(k)):
-        row = rows[s] if rows else None
+        row = rows[s] if rows and not _own(rows[s]) else None
         length = lengths[s] if lengths else None
         places = positions[s] if positions else None
         segment = Segment(k[s], v[s], row, first, base, length, places)
@@ -182,6 +180,11 @@ def segments(
         base = base + (segment.count if length is None else length[:, None, None])
         first = first + segment.count
     return found
+
+
+def _own(row: Tensor) -> bool:
+    """True for the empty row map, by which row b reads row b."""
+    return row.dim() == 1 and surely(row.shape[0] == 0)
 
 
 def join(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import softmax_backward
+from subquad.kernels.operator_scope import own_precision
 from subquad.kernels.provider import provided
 from subquad.kernels.segments import check
 from subquad.kernels.softmax_cpu import softmax_attention_cpu
@@ -33,18 +34,24 @@ def softmax_attention_forward(
     // (H / Hkv)).
 
     rows: [] or one int64 tensor per segment: [B], the segment row each query row reads (rows that read the same one share
-    it), or page lists [B, 1 or Hkv, P], the segment rows (pages) that each query row, or each KV head of it, reads one
-    after the other; -1 is no page. A segment gives a query row Ts slots, or P * Ts. lengths: [] or an int64 [B] per
-    segment, its live slots. positions: [] or an int64 [Bs, Ts] per segment, the logical index `kv` of each slot; by
-    default slots count on from the live length of the segments before. q_positions: int64 [B, Tq] or None for arange.
-    bias: broadcastable to [B, H, Tq, sum of slots], added after scale and softcap. sinks: [H], one more logit per head
-    without a value. operands, scalars: the t0.. and s0.. the mask predicate reads. spec: SoftmaxSpec.json().
+    it); [0], row b reads row b; or page lists [B, 1 or Hkv, P], the segment rows (pages) that each query row, or each KV
+    head of it, reads one after the other; -1 is no page. A segment gives a query row Ts slots, or P * Ts. lengths: [] or
+    an int64 [B] per segment, its live slots. positions: [] or an int64 [Bs, Ts] per segment, the logical index `kv` of
+    each slot; by default slots count on from the live length of the segments before. q_positions: int64 [B, Tq] or None
+    for arange. bias: broadcastable to [B, H, Tq, sum of slots], added after scale and softcap. sinks: [H], one more logit
+    per head without a value. operands, scalars: the t0.. and s0.. the mask predicate reads. spec: SoftmaxSpec.json().
 
     Returns o [B, Tq, H, V] in q's dtype and the natural log-sum-exp [B, Tq, H] in fp32 (fp64 for fp64 inputs), sink
     included, -inf for a row without visible key. Page lists have no gradient. Raises ValueError on arguments that do not
     fit.
     """
     arguments = (q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec)
+    with own_precision(q.device.type):
+        return _forward(arguments)
+
+
+def _forward(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    q: Tensor = arguments[0]
     if q.device.type == "cpu":
         o, lse = softmax_attention_cpu(*arguments)
     else:
@@ -115,28 +122,12 @@ def softmax_attention_backward(
     bias_too: bool,
 ) -> list[Tensor]:
     """Gradients [q, *k, *v, bias if bias_too (with four dimensions), sinks if given] of softmax_attention."""
-    return [
-        grad.contiguous()
-        for grad in softmax_backward.softmax_attention_backward(
-            grad_o,
-            grad_lse,
-            o,
-            lse,
-            q,
-            k,
-            v,
-            rows,
-            lengths,
-            positions,
-            q_positions,
-            bias,
-            sinks,
-            operands,
-            scalars,
-            spec,
+    with own_precision(q.device.type):
+        grads = softmax_backward.softmax_attention_backward(
+            grad_o, grad_lse, o, lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec,
             bias_too,
-        )
-    ]
+        )  # fmt: skip
+    return [grad.contiguous() for grad in grads]
 
 
 @softmax_attention_backward.register_fake

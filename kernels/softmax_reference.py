@@ -85,10 +85,10 @@ def _live_slots(
         live = int(lengths[s][row]) if lengths else count
         for slot in range(live):
             source, place = row, slot
-            if rows and rows[s].dim() == 3:
-                source, place = int(rows[s][row, kv_head if rows[s].shape[1] > 1 else 0, slot // size]), slot % size
-            elif rows:
-                source = int(rows[s][row])
+            if part.rows is not None and part.rows.dim() == 3:
+                source, place = int(part.rows[row, kv_head if part.rows.shape[1] > 1 else 0, slot // size]), slot % size
+            elif part.rows is not None:
+                source = int(part.rows[row])
             if source >= 0:
                 position = int(positions[s][source, place]) if positions else logical + slot
                 found.append((k[s][source, place, kv_head], v[s][source, place, kv_head], position, first + slot))

@@ -82,14 +82,21 @@ def mean_value(parts: Sequence[Segment], o: Tensor) -> Tensor:
     total: Any = 0.0
     count: Any = 0.0
     for part in parts:
-        value, live = part.gathered()[1], part.live()
-        value = value.to(compute_dtype(value))
+        live, dtype = part.live(), compute_dtype(part.v)
         if live is None:
-            total, count = total + value.sum(1, keepdim=True), count + value.shape[1]
+            sums = part.v.sum(1, keepdim=True, dtype=dtype)
+            total = total + (sums if part.rows is None or part.shared_by_all else sums.index_select(0, part.rows))
+            count = count + part.count
+            continue
+        shown = live.transpose(1, 2)[..., None].to(dtype)
+        count = count + shown.sum(1, keepdim=True)
+        if part.shared_by_all:
+            total = total + torch.einsum("bn,nhv->bhv", shown[:, :, 0, 0], part.v[0].to(dtype))[:, None]
         else:
-            shown = live.transpose(1, 2)[..., None].to(value.dtype)
-            total, count = total + (value * shown).sum(1, keepdim=True), count + shown.sum(1, keepdim=True)
-    mean: Tensor = total / torch.as_tensor(count, dtype=total.dtype, device=o.device).clamp_min(1)
+            total = total + (part.gathered()[1].to(dtype) * shown).sum(1, keepdim=True)
+    if not isinstance(count, Tensor):
+        count = torch.scalar_tensor(count, dtype=total.dtype, device=o.device)
+    mean: Tensor = total / count.clamp_min(1)
     return mean.repeat_interleave(o.shape[2] // mean.shape[2], 2)
 
 

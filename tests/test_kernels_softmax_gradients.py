@@ -185,3 +185,17 @@ def test_no_tensor_grows_with_the_square_of_the_length(spec, value):
             torch.ones_like(o), torch.ones_like(lse), o, lse, **arguments, bias_too=False
         )
     assert largest.size <= length * 1200, largest.size
+
+
+@pytest.mark.parametrize("mask", ["q >= kv", "(q >= kv) & t0[b, kv]", "(j < 20) | bit(t1[b, i], j - 20)"])
+@pytest.mark.parametrize("lengths", [None, (26, 24, 21), (26, 3, 0)])
+@pytest.mark.parametrize("stored", [None, 1])
+def test_a_few_queries_behind_a_long_past(mask, lengths, stored, monkeypatch):
+    """The past goes without a mask where every row sees it whole; the last slots go by the mask."""
+    small_blocks(monkeypatch)
+    arguments = case(3, 4, [stored], [26], (4, 2), (4, 4), mask, 0, sinks=True)
+    arguments["operands"][0][:, :16] = True
+    if lengths is not None:
+        arguments["lengths"] = [torch.tensor(lengths)]
+    arguments["q_positions"] = 22 + torch.arange(4).expand(3, -1)
+    compare(arguments)

@@ -1,9 +1,10 @@
-"""Lets the body of a custom operator use autograd, which the dispatcher switches off there."""
+"""Sets what holds in the body of a custom operator: autograd, which the dispatcher switches off there, and no autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -19,3 +20,8 @@ def recording() -> Iterator[None]:
         excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
+
+
+def own_precision(device: str) -> AbstractContextManager[Any]:
+    """Within, autocast lowers no product: the operator chooses the dtypes of its own arithmetic."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
