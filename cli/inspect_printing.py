@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from subquad.cli.printing import shorten
+from subquad.ir.loop import Loop
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 
@@ -36,7 +37,7 @@ def explain(report: Report, chosen: dict[str, str]) -> None:
     if report.loops:
         _title("Loops")
         for loop in report.loops:
-            _block(loop.path or "<root>", [(k, str(v)) for k, v in loop.json().items() if k != "path"])
+            _block(f"{loop.origin}  {loop.path}", loop_fields(loop))
     if report.prefixes:
         _title("Shared prefixes")
         for paths, prefix in grouped([(prefix.json(), prefix.path) for prefix in report.prefixes]):
@@ -111,6 +112,20 @@ def _rotary(rotary: dict[str, Any]) -> str:
     base = "" if rotary["base"] is None else f", θ {rotary['base']:g}"
     scale = "" if rotary["scale"] == 1.0 else f", length {rotary['scale']:.4g}"
     return f"rotary {rotary['style']} at position {rotary['position']}{base}{scale}"
+
+
+def loop_fields(loop: Loop) -> list[Field]:
+    """What is said of one decoding loop, slot by slot; empty slots are left out."""
+    slots = [
+        ("model", loop.model), ("fed", loop.context), ("window", loop.window), ("cache", loop.cache),
+        ("positions", loop.positions), ("row", loop.select), ("write", loop.write), ("bound", loop.bound),
+        ("result", loop.result),
+    ]  # fmt: skip
+    named = [(name, str(slot)) for name, slot in slots if slot.kind != "none"]
+    several = [("stops", loop.stop), ("also does", loop.effects)]
+    listed = [(name, "; ".join(map(str, found))) for name, found in several if found]
+    chosen = [f"{s.name}: {'yes' if s.applies else 'no'}, {s.reason}" for s in loop.schedules]
+    return [*named, ("sampler", loop.sampler), *listed, ("schedules", "; ".join(chosen)), ("source", loop.source)]
 
 
 def refusal_fields(refusal: dict[str, str]) -> list[Field]:

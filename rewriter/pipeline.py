@@ -25,6 +25,7 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
+from subquad.model_loops import add_loops, inspect_function
 from subquad.pass_spec import make_pass, parse_passes, parse_request
 from subquad.passes import discover
 from subquad.recognition import recognise
@@ -66,13 +67,19 @@ def list_passes() -> list[PassInfo]:
     ]
 
 
-def inspect(model: nn.Module | ExportedProgram, example_inputs: Any = None) -> Report:
-    """Find every attention site of a model and every reason why something is none; changes nothing.
+def inspect(model: nn.Module | ExportedProgram | FunctionType, example_inputs: Any = None) -> Report:
+    """Find every attention site and decoding loop of a model and every reason why something is none; changes nothing.
 
-    model: nn.Module, ExportedProgram or fx GraphModule.  example_inputs: what its forward takes; may be left out for a
-    Hugging Face text model.  Raises CaptureError when the forward cannot be captured.
+    model: nn.Module, ExportedProgram or fx GraphModule, or a function with a decoding loop.
+    example_inputs: what its forward takes; may be left out for a Hugging Face text model.
+    Raises CaptureError when the forward cannot be captured.
     """
-    return _captured_report(model, example_inputs)[1]
+    if isinstance(model, FunctionType):
+        return inspect_function(model, example_inputs)
+    report = _captured_report(model, example_inputs)[1]
+    if isinstance(model, nn.Module):
+        add_loops(model, report)
+    return report
 
 
 def _captured_report(model: nn.Module | ExportedProgram, example_inputs: Any) -> tuple[Capture, Report]:

@@ -16,6 +16,8 @@ from loops import plain, traps
 from loops.case import Case
 
 import subquad
+from subquad.cli.inspect_printing import loop_fields
+from subquad.generation_loop import generation_loop
 from subquad.ir.errors import SubquadError
 from subquad.ir.refusal import Refusal
 from subquad.passes.recognize.loop_function import read_loop
@@ -184,3 +186,67 @@ def test_coroutines_and_passes_are_mistakes() -> None:
         subquad.rewrite(waits)
     with pytest.raises(SubquadError, match="passes and patterns are for models"):
         subquad.rewrite(passes="fuse")(scored)
+
+
+class WithMethods(plain.LastRowDecoder):
+    """A model whose class holds its own loops."""
+
+    generate = plain.cropped_sampler
+
+    def configure(self) -> list[str]:
+        return [name for name, _ in self.named_parameters()]
+
+
+def test_inspect_lists_the_loops_of_a_model_and_of_a_function() -> None:
+    model = WithMethods().eval()
+    ids = torch.randint(0, 41, (2, 8))
+    (loop,) = subquad.inspect(model, (ids,)).loops
+    assert loop.path == "WithMethods.generate"
+    assert loop.context.kind == "full prefix"
+    assert loop.schedules[0].applies
+    report = subquad.inspect(plain.slices_of_a_buffer, (plain.OwnCache(), ids))
+    assert report.loops[0].context.kind == "slice"
+    assert not report.loops[0].schedules[0].applies
+    refused = subquad.inspect(traps.unknown_chooser, (model, ids)).refusals
+    assert [r.what for r in refused] == ["loop: choice"]
+
+
+MODES = {
+    "greedy_search": ({"repetition_penalty": 1.2}, "repetition penalty → argmax", True),
+    "sample": (
+        {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 0},
+        "temperature → top-p → softmax → multinomial",
+        True,
+    ),
+    "beam_search": ({"num_beams": 3}, "beam", False),
+    "beam_sample": ({"num_beams": 2, "do_sample": True, "top_k": 0}, "softmax → beam", False),
+    "group_beam_search": (
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        "diversity penalty → beam",
+        False,
+    ),
+    "contrastive_search": ({"penalty_alpha": 0.6, "top_k": 4}, "argmax", False),
+    "assisted_generation": ({"prompt_lookup_num_tokens": 3}, "argmax", False),
+    "dola_generation": ({"dola_layers": "high"}, "argmax", False),
+    "constrained_beam_search": ({"num_beams": 2, "force_words_ids": [[3]]}, "beam", False),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_is_recognised_in_every_mode(mode: str) -> None:
+    settings, sampler, taken = MODES[mode]
+    model = plain.llama()
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    loop = generation_loop(model)
+    assert loop is not None
+    assert loop.evidence == (f"mode {mode} of the model's generation settings",)
+    assert loop.sampler == sampler
+    assert loop.schedules[0].applies is taken
+    text = "\n".join(f"{name} {words}" for name, words in loop_fields(loop))
+    assert "left whole" in text or taken
+    assert loop.json()["origin"] == "generate"
+
+
+def test_a_model_that_does_not_generate_has_no_such_loop() -> None:
+    assert generation_loop(plain.decoder()) is None

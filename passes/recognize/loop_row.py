@@ -93,7 +93,7 @@ def read_row(scope: Scope, body: list[ast.stmt], start: ast.AST | None, known: s
             row.processors.append(scope.slot(word, statement))
         names = {n for t in targets for n in target_names(t)} - _places(statement, row)
         if chosen:
-            row.tokens |= names
+            row.tokens |= set() if called_names(value) & GROWING else names
             row.floats -= names
         else:
             row.floats |= names
@@ -220,7 +220,7 @@ def _called(scope: Scope, call: ast.Call, row: Row, depth: int) -> bool:
         return False
     if word is not None:
         _processor(row, scope.slot(word, call))
-    elif name not in PLAIN:
+    elif name not in PLAIN and name not in GROWING:
         _processor(row, scope.slot("opaque", call))
     return False
 
