@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import re
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from subquad.codegen.cache import load, store
 from subquad.codegen.source import arguments, emit
+from subquad.codegen.text import STRIDE
 from subquad.ir.kernel_spec import KernelSpec
 
 SHARED_LIMITS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
@@ -52,16 +57,16 @@ def build(kernel_spec: KernelSpec, target: str | None = None) -> BuildReport:
         from triton.compiler import ASTSource
     except ImportError:
         raise RuntimeError("Building kernels needs triton, which is not installed; pip install triton.") from None
-    path = store(emit(kernel_spec), kernel_spec.op)
+    path = store(emit(kernel_spec), f"{kernel_spec.op}_{kernel_spec.part}")
     function = load(path).kernel
     if not isinstance(function, triton.runtime.JITFunction):
         raise RuntimeError(
             "TRITON_INTERPRET is set, which replaces the compiler; unset it to build kernels ahead of time."
         )
-    signature = dict(arguments(kernel_spec))
-    attributes = {
-        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
+    kinds = dict(arguments(kernel_spec))
+    signature = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
+    aligned = [index for index, kind in enumerate(kinds.values()) if kind.startswith("*") or kind == STRIDE]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     backend, _, architecture = target.partition(":")
     gpu = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
     options = {"num_warps": kernel_spec.num_warps, "num_stages": kernel_spec.num_stages, "enable_fp_fusion": True}
@@ -77,6 +82,16 @@ def build(kernel_spec: KernelSpec, target: str | None = None) -> BuildReport:
     temporary.replace(binary)
     registers, spills = _cuda_usage(binary) if backend == "cuda" else _hip_usage(compiled.asm)
     return BuildReport(binary, compiled.metadata.shared, registers, spills, seconds, SHARED_LIMITS[target])
+
+
+def build_all(jobs: Sequence[tuple[KernelSpec, str]], processes: int | None = None) -> Iterator[BuildReport]:
+    """`build` for each (spec, target), in order, in as many processes as there are processors (or `processes`)."""
+    count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+    if count <= 1:
+        yield from (build(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(build, *zip(*jobs, strict=True))
 
 
 def _cuda_usage(binary: Path) -> tuple[int | None, int | None]:

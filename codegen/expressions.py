@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 
 from subquad.kernels.expression import parse, table_indices
 
-HELPERS = '''
+MASK_HELPERS = '''
 @triton.jit
 def floor_div(a, b):
     """a // b rounded down, as Python does; Triton's // rounds toward zero."""
@@ -26,8 +27,10 @@ def bit(x, n):
     """Bit n of the 64 bits of x; 0 for any other n."""
     inside = (n >= 0) & (n < 64)
     return tl.where(inside, (x.to(tl.int64) >> tl.where(inside, n, 0).to(tl.int64)) & 1, 0)
+'''
+"""Triton functions that printed mask predicates call."""
 
-
+FEATURE_HELPERS = '''
 @triton.jit
 def row_softmax(x, columns):
     """softmax over the real columns of x; 0 elsewhere."""
@@ -40,8 +43,14 @@ def row_softmax(x, columns):
 def tanh(x):
     """tanh by one exponential, exact at both infinities."""
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) without overflow."""
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 '''
-"""Triton functions that printed expressions call; part of every generated file."""
+"""Triton functions that printed feature maps and score modifiers call."""
 
 _OPERATORS: dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.BitAnd: "&", ast.BitOr: "|",
@@ -53,8 +62,6 @@ _FUNCTIONS = {
     "where": "tl.where",
     "abs": "tl.abs",
     "bit": "bit",
-    "exp": "tl.exp",
-    "sigmoid": "tl.sigmoid",
 }
 
 
@@ -119,47 +126,92 @@ def _load(name: str, indices: list[str]) -> str:
     return f"tl.load({name}_ptr + {place}, mask=({inside}) != 0, other=0)"
 
 
-def feature_blocks(texts: tuple[str, ...], x: str, suffix: str, precision: str) -> tuple[list[str], list[str]]:
-    """(assignments, names): Triton lines that compute each block phi of tile `x`, products with weights shared
-    between blocks.
+def is_rowwise(text: str) -> bool:
+    """True for a feature map that needs the whole row of x for one of its columns."""
+    return any(
+        (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult))
+        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ROW_FUNCTIONS)
+        for node in ast.walk(parse(text, "feature").node)
+    )
 
-    Weight wN is the tile wN<suffix>; the real columns of block i are features<i> (a row mask), and the rest come out 0.
+
+def printable(text: str) -> bool:
+    """True for a feature map that has a Triton form."""
+    known = {*_ROW_FUNCTIONS, *_FEATURES} - {"outer"}
+    calls = [
+        n.func.id
+        for n in ast.walk(parse(text, "feature").node)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    ]
+    return all(name in known for name in calls)
+
+
+_ROW_FUNCTIONS = ("softmax", "sum", "amax", "outer")
+_FEATURES = {
+    "exp": "tl.exp({})",
+    "log": "tl.log({})",
+    "sqrt": "tl.sqrt({})",
+    "tanh": "tanh({})",
+    "abs": "tl.abs({})",
+    "relu": "tl.maximum({}, 0.0)",
+    "sigmoid": "tl.sigmoid({})",
+    "softplus": "softplus({})",
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a tile: the index vector, and how many are real."""
+
+    index: str
+    width: int
+
+    @property
+    def real(self) -> str:
+        """Mask [1, pad] of the real columns."""
+        return f"({self.index} < {self.width})[None, :]"
+
+
+def print_feature(text: str, suffix: str, precision: str, x: Columns, product: Columns, lines: list[str]) -> str:
+    """One Triton expression for a feature map of the tile `x`; wN is the tile wN<suffix>, products with it have the
+    columns `product`. Products are first assigned by appended `lines`, so that each is computed once.
+
+    Raises ValueError for what has no Triton form.
     """
-    lines: list[str] = []
     products: dict[str, str] = {}
-    names = []
-    for index, text in enumerate(texts):
-        value = _feature(parse(text, "feature").node, x, suffix, precision, f"features{index}", lines, products)
-        names.append(f"phi{suffix}{index}")
-        lines.append(f"{names[-1]} = tl.where(features{index}, {value}, 0.0)")
-    return lines, names
 
+    def visit(node: ast.expr) -> tuple[str, Columns]:
+        match node:
+            case ast.Name(id="x"):
+                return "x", x
+            case ast.Constant(value=value):
+                return repr(float(value)), x  # type: ignore[arg-type]
+            case ast.BinOp(left=left, op=ast.MatMult(), right=ast.Name(id=name)):
+                key = ast.unparse(node)
+                if key not in products:
+                    products[key] = f"u{len(products)}"
+                    lines.append(
+                        f'{products[key]} = tl.dot({visit(left)[0]}, {name}{suffix}, input_precision="{precision}")'
+                    )
+                return products[key], product
+            case ast.UnaryOp(operand=part):
+                inner, columns = visit(part)
+                return f"(-{inner})", columns
+            case ast.BinOp(left=left, op=op, right=right):
+                (a, columns), (b, others) = visit(left), visit(right)
+                return f"({a} {_OPERATORS[type(op)]} {b})", others if isinstance(left, ast.Constant) else columns
+            case ast.Call(func=ast.Name(id="softmax"), args=[part]):
+                inner, columns = visit(part)
+                return f"row_softmax({inner}, {columns.real})", columns
+            case ast.Call(func=ast.Name(id="sum"), args=[part]):
+                inner, columns = visit(part)
+                return f"tl.sum(tl.where({columns.real}, {inner}, 0.0), axis=1)[:, None]", columns
+            case ast.Call(func=ast.Name(id="amax"), args=[part]):
+                inner, columns = visit(part)
+                return f'tl.max(tl.where({columns.real}, {inner}, float("-inf")), axis=1)[:, None]', columns
+            case ast.Call(func=ast.Name(id=name), args=[part]) if name in _FEATURES:
+                inner, columns = visit(part)
+                return _FEATURES[name].format(inner), columns
+        raise ValueError(f"The feature expression part {ast.unparse(node)!r} has no Triton form.")
 
-def _feature(
-    node: ast.expr, x: str, suffix: str, precision: str, columns: str, lines: list[str], products: dict[str, str]
-) -> str:
-    def inner(part: ast.expr) -> str:
-        return _feature(part, x, suffix, precision, columns, lines, products)
-
-    match node:
-        case ast.Name(id="x"):
-            return x
-        case ast.Constant(value=value):
-            return repr(float(value))  # type: ignore[arg-type]
-        case ast.BinOp(left=left, op=ast.MatMult(), right=ast.Name(id=name)):
-            key = ast.unparse(node)
-            if key not in products:
-                products[key] = f"u{suffix}{len(products)}"
-                lines.append(f'{products[key]} = tl.dot({inner(left)}, {name}{suffix}, input_precision="{precision}")')
-            return products[key]
-        case ast.UnaryOp(operand=part):
-            return f"(-{inner(part)})"
-        case ast.BinOp(left=left, op=op, right=right):
-            return f"({inner(left)} {_OPERATORS[type(op)]} {inner(right)})"
-        case ast.Call(func=ast.Name(id="softmax"), args=[part]):
-            return f"row_softmax({inner(part)}, {columns})"
-        case ast.Call(func=ast.Name(id="relu"), args=[part]):
-            return f"tl.maximum({inner(part)}, 0.0)"
-        case ast.Call(func=ast.Name(id=name), args=[part]):
-            return f"{_FUNCTIONS[name]}({inner(part)})"
-    raise ValueError(f"The feature expression part {ast.unparse(node)!r} has no Triton form.")
+    return visit(parse(text, "feature").node)[0]

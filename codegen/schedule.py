@@ -1,27 +1,147 @@
-"""The schedule of each operator's kernel, the same for kernels launched at run time and kernels built ahead of time."""
+"""The schedules of the kernels: a model of registers, bytes and operations proposes, a measurement on the device may decide."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from subquad.codegen import tuned
+from subquad.codegen.recurrence_parts import Parts, pad
 from subquad.ir.kernel_spec import KernelSpec
+
+REGISTERS = 200
+"""fp32 values per thread that a kernel may keep by the model's count; above it programs get more warps."""
+
+
+SOFTMAX_REGISTERS = 130
+"""The same for softmax kernels, whose tiles of pointers take more of the rest."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Query rows (of a recurrence: the chunk) and keys in a block, and warps of a program."""
+    """A chunk of tokens (or block of query rows), the width of a block of values (or keys), warps of a program; other
+    (block, warps) for single kernels by name.
+    """
 
-    block_q: int
-    block_kv: int
-    num_warps: int
+    chunk: int
+    block: int
+    warps: int
+    special: tuple[tuple[str, tuple[int, int]], ...] = ()
+
+    def of(self, part: str) -> tuple[int, int]:
+        """(block, warps) of one kernel."""
+        return dict(self.special).get(part, (self.block, self.warps))
 
 
-SOFTMAX = Schedule(64, 64, 4)
-RECURRENCE = Schedule(32, 32, 8)
-_BY_OPERATOR = {"softmax_attention": SOFTMAX, "recurrence": RECURRENCE}
+RECURRENCE_PARTS = (
+    "cumulate",
+    "prepare",
+    "states",
+    "output",
+    "step",
+    "grad_values",
+    "grad_states",
+    "grad_keys",
+    "grad_transform",
+    "decumulate",
+)
+
+
+def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
+    """fp32 values that one program of a recurrence kernel keeps at once: a count of its tiles, calibrated on builds for sm_90."""
+    delta, channel = int(parts.delta), parts.decay == "channel"
+    tile, blocks = max((one.pad for one in parts.blocks), default=16), len(parts.blocks)
+    square, rows, values, state = chunk * chunk, chunk * tile, chunk * block, tile * block
+    counts = {
+        "prepare": 6 * square + rows + values,
+        "states": blocks * state + rows * (1 + delta) + values,
+        "output": square + 2 * values + 2 * rows + state,
+        "grad_values": square + 2 * values + 2 * rows + state,
+        "grad_states": blocks * state + rows * (1 + 2 * delta) + 2 * values,
+        "grad_keys": square + rows * (4 + delta) + 2 * values + 2 * state,
+        "grad_transform": 4 * square + 3 * rows + 2 * values,
+        "step": blocks * state + 4 * 16 * tile,
+    }
+    found = counts.get(part, 0)
+    return 2 * found + 8 * rows if channel and found else found
+
+
+def recurrence_schedule(spec: KernelSpec) -> Schedule:
+    """The schedule of a recurrence's kernels: the measured one of this device if there is one, else the model's."""
+    measured = tuned.lookup(spec)
+    return Schedule(*measured) if measured else recurrence_candidates(spec)[0]
+
+
+def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
+    """Schedules worth measuring, the model's choice first.
+
+    Bytes of states between chunks fall with the chunk, operations within chunks grow with it (F V / C against C (F + V)
+    per token), so that chunks near sqrt(F V) are best; two-level decays double the work within a chunk and get half.
+    """
+    parts = Parts(replace(spec, part="states"))
+    longest = 32 if parts.decay == "channel" else 64
+    sizes = [
+        size
+        for size in (64, 32, 16)
+        if size <= min(longest, max(16, pad(int((parts.features * spec.value_dim) ** 0.5))))
+    ]
+    return [_fitted(parts, chunk) for chunk in sizes]
+
+
+def _fitted(parts: Parts, chunk: int) -> Schedule:
+    special = []
+    for part in RECURRENCE_PARTS:
+        options = [(block, warps) for warps in (4, 8) for block in (64, 32) if block == 64 or "states" in part]
+        options.sort(key=lambda option: (option[1], -option[0]) if "states" not in part else (-option[0], option[1]))
+        fitting = [
+            o
+            for o in options
+            if live_values(part, parts, chunk, min(o[0], pad(parts.spec.value_dim))) <= REGISTERS * 32 * o[1]
+        ]
+        special.append((part, fitting[0] if fitting else (32 if "states" in part else 64, 8)))
+    return Schedule(chunk, 64, 4, tuple(special))
+
+
+def softmax_schedule(spec: KernelSpec, rows: int) -> Schedule:
+    """The schedule of a softmax kernel for tiles of at most `rows` query rows; few rows get small tiles over more keys."""
+    measured = tuned.lookup(spec)
+    if measured and rows > 16:
+        return Schedule(*measured)
+    return softmax_candidates(spec, rows)[0]
+
+
+def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
+    """Schedules worth measuring, the model's choice first: tiles whose accumulators fit the registers."""
+    key, value = pad(spec.key_dim), pad(spec.value_dim)
+    if rows <= 16 and spec.part == "forward":
+        return [Schedule(16, 64, 4)]
+    found = []
+    for block_q, block_kv, warps in ((128, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 8), (32, 32, 8)):
+        kept = {
+            "forward": block_q * value,
+            "grad_queries": block_q * (key + value),
+            "grad_keys": block_kv * (key + value),
+        }
+        tiles = {"forward": 2, "grad_queries": 3, "grad_keys": 3}.get(spec.part, 0) * block_q * block_kv
+        tiles += 2 * block_q * block_kv * (("bias" in spec.flags) + bool(spec.tables))
+        wide = 1.5 if spec.dtype == "float32" else 1.0
+        loads = (block_q * key + block_kv * (key + value)) // 2
+        if (kept.get(spec.part, 0) + tiles + loads) * wide <= SOFTMAX_REGISTERS * 32 * warps:
+            found.append(Schedule(block_q, block_kv, warps))
+    return found or [Schedule(16, 16, 4)]
 
 
 def scheduled(spec: KernelSpec, schedule: Schedule | None = None) -> KernelSpec:
-    """The spec under a schedule, by default its operator's own; raises ValueError for blocks that no kernel can have."""
-    chosen = schedule or _BY_OPERATOR[spec.op]
-    return replace(spec, block_q=chosen.block_q, block_kv=chosen.block_kv, num_warps=chosen.num_warps)
+    """The spec of one kernel under a schedule, by default its operator's own."""
+    if spec.op == "recurrence":
+        chosen = schedule or recurrence_schedule(spec)
+    else:
+        chosen = schedule or softmax_schedule(spec, 64)
+    block, warps = chosen.of(spec.part)
+    if (
+        spec.op == "recurrence"
+        and spec.part in ("output", "step")
+        and "raw" not in spec.flags
+        and Parts(spec).whole_rows
+    ):
+        block = max(16, pad(spec.value_dim))
+    return replace(spec, block_q=chosen.chunk, block_kv=block, num_warps=warps)

@@ -217,8 +217,11 @@ def recurrence_backward(
         spec,
     )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
+    provider = provided() if q.device.type != "cpu" else None
     with _own_precision(q):
-        found = forms.backward(arguments, grads)
+        found = None if provider is None else provider("recurrence_backward", arguments | {"grads": grads})
+        if found is None:
+            found = forms.backward(arguments, grads)
     wanted = differentiable(arguments)
     return [grad.to(one.dtype).contiguous() for grad, one in zip(found, wanted, strict=True)]
 

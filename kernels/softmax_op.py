@@ -122,11 +122,14 @@ def softmax_attention_backward(
     bias_too: bool,
 ) -> list[Tensor]:
     """Gradients [q, *k, *v, bias if bias_too (with four dimensions), sinks if given] of softmax_attention."""
+    arguments = (q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec)
+    provider = provided() if q.device.type != "cpu" else None
+    named = dict(zip(ARGUMENTS, arguments, strict=True)) | {"grads": (grad_o, grad_lse, o, lse, bias_too)}
     with own_precision(q.device.type):
-        grads = softmax_backward.softmax_attention_backward(
-            grad_o, grad_lse, o, lse, q, k, v, rows, lengths, positions, q_positions, bias, sinks, operands, scalars, spec,
-            bias_too,
-        )  # fmt: skip
+        grads = None if provider is None else provider("softmax_attention_backward", named)
+        if grads is None:
+            given = (grad_o, grad_lse, o, lse, *arguments, bias_too)
+            grads = softmax_backward.softmax_attention_backward(*given)
     return [grad.contiguous() for grad in grads]
 
 

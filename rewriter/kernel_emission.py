@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from subquad.application import rewritten
-from subquad.codegen import SHARED_LIMITS, BuildReport, build, emit, scheduled
+from subquad.codegen import SHARED_LIMITS, BuildReport, build_all, emit, operator_kernels
 from subquad.ir.errors import ArtifactError, SubquadError, did_you_mean
 from subquad.ir.graph import attribute
 from subquad.ir.kernel_spec import DTYPES, KernelSpec
@@ -36,6 +36,7 @@ class EmittedKernel:
         return {
             "hash": self.spec.hash,
             "op": self.spec.op,
+            "part": self.spec.part,
             "source": self.source,
             "sites": list(self.sites),
             "spec": dataclasses.asdict(self.spec),
@@ -54,7 +55,7 @@ class EmittedKernel:
 
 
 def kernel_specs(model: nn.Module) -> dict[KernelSpec, tuple[str, ...]]:
-    """The distinct kernels that a rewritten model runs on a GPU, with the paths of the sites that use each.
+    """The distinct kernels that a rewritten model runs on a GPU, forward and backward, with the sites that use each.
 
     Raises SubquadError when the model was not rewritten or computes in a type that has no kernel.
     """
@@ -79,16 +80,15 @@ def _specs(root: nn.Module, replacement: Replacement) -> list[KernelSpec]:
     if call.operator == "softmax_attention":
         flags = [name for name, used in (("bias", site.biases), ("sinks", site.sinks is not None)) if used]
         kinds = tuple("int8" if _is_bool(table.node) else "int64" for table in site.mask.tables)
-        spec = KernelSpec(
-            call.operator, call.spec, dtype, site.head_dim, site.value_dim, flags=tuple(flags), tables=kinds
+        return operator_kernels(
+            KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, flags=tuple(flags), tables=kinds)
         )
-        return [scheduled(spec)]
     names = call.parameters.get("feature_q", ())
     features = attribute(root, f"{replacement.prefix}.{names[0]}").shape[-1] if names else 0
-    return [
-        scheduled(KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, features, flags))
-        for flags in ((), ("state",))
-    ]
+    gate = ("gate",) if call.parameters.get("window_gate") else ()
+    return operator_kernels(
+        KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, features, flags=gate)
+    )
 
 
 def _is_bool(node: torch.fx.Node) -> bool:
@@ -114,12 +114,14 @@ def emit_kernels(model: nn.Module, directory: Path, targets: tuple[str, ...] = (
             written_beside(directory) as fresh,
             progress("building kernels", len(specs) * max(1, len(targets))) as advance,
         ):
+            jobs = [(dataclasses.replace(spec, target=target), target) for spec in specs for target in targets]
+            made = iter(build_all(jobs))
             for spec, sites in specs.items():
-                name = f"{spec.op}_{spec.hash[:12]}"
+                name = f"{spec.op}_{spec.part}_{spec.hash[:12]}"
                 (fresh / f"{name}.py").write_text(emit(spec), encoding="utf-8")
                 builds = {}
                 for target in targets:
-                    builds[target] = _built(spec, target, fresh, name)
+                    builds[target] = _kept(next(made), target, fresh, name)
                     advance(1, f"{name} for {target}")
                 emitted.append(EmittedKernel(spec, sites, f"{name}.py", builds))
             (fresh / "kernels.json").write_text(
@@ -130,8 +132,7 @@ def emit_kernels(model: nn.Module, directory: Path, targets: tuple[str, ...] = (
     return emitted
 
 
-def _built(spec: KernelSpec, target: str, directory: Path, name: str) -> BuildReport:
-    made = build(spec, target)
+def _kept(made: BuildReport, target: str, directory: Path, name: str) -> BuildReport:
     if not made.fits:
         raise SubquadError(
             f"{name} needs {made.shared_bytes} bytes of shared memory on {target}, which has {made.limit_bytes}."

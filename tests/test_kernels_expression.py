@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.codegen.expressions import HELPERS, predicate
+from subquad.codegen.expressions import MASK_HELPERS, predicate
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, block_tests, evaluate, parse
 
 NUMBERS = [
@@ -178,7 +178,7 @@ class _Language:
 
 def _on_device(text, environment):
     """The printed Triton predicate, run as Python."""
-    helpers = HELPERS.split("@triton.jit")[1:4]
+    helpers = MASK_HELPERS.split("@triton.jit")[1:4]
     scope = {"tl": _Language}
     for source in helpers:
         exec(source.strip(), scope)

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 
 OPS = ("softmax_attention", "recurrence")
 DTYPES = ("float32", "float16", "bfloat16")
-FLAGS = ("bias", "live", "positions", "q_positions", "sinks", "state")
+FLAGS = (
+    "base", "bias", "gate", "grad_bias", "lengths", "live", "pages", "partial", "positions", "q_positions", "raw", "shared", "sinks",
+    "state", "valid",
+)  # fmt: skip
 TABLES = ("int8", "int64")
 
 
@@ -17,7 +20,8 @@ class KernelSpec:
     """Everything the source of one kernel depends on; no batch and no sequence length, since kernels never specialise
     on them.
 
-    op: the operator. operator: its SoftmaxSpec or RecurrenceSpec as canonical JSON. dtype: of q, k, v and o. key_dim,
+    op: the operator. part: which of its kernels ("forward", "states", "grad_keys", ...).
+    operator: its SoftmaxSpec or RecurrenceSpec as canonical JSON. dtype: of q, k, v and o. key_dim,
     value_dim: per head. feature_dim: columns of each feature weight (recurrence). flags: optional inputs that are
     present. tables: element types of t0, t1... block_q, block_kv, num_warps, num_stages: the schedule. target:
     "cuda:90", "hip:gfx942", ... Raises ValueError naming the field at fault.
@@ -29,6 +33,7 @@ class KernelSpec:
     key_dim: int
     value_dim: int
     feature_dim: int = 0
+    part: str = "forward"
     flags: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     block_q: int = 64

@@ -1,0 +1,64 @@
+"""Lists the kernels that an operator needs, forward and backward, each with its schedule, from one base spec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from subquad.codegen.recurrence_parts import text_width
+from subquad.codegen.recurrence_run import core_spec
+from subquad.codegen.recurrence_template import admits, backward_parts, forward_parts
+from subquad.codegen.schedule import recurrence_schedule, scheduled, softmax_schedule
+from subquad.ir.kernel_spec import KernelSpec
+from subquad.kernels import RecurrenceSpec
+
+DECODE_ROWS = 16
+"""Rows of the tile of a decoding step."""
+
+
+def operator_kernels(base: KernelSpec) -> list[KernelSpec]:
+    """Every kernel of the operator that `base` describes (its part and schedule are ignored), without repetition.
+
+    base.flags: the optional inputs its calls have. Gradients of a recurrence with a window have no kernels: torch computes
+    them.
+    """
+    return list(dict.fromkeys(_recurrence(base) if base.op == "recurrence" else _softmax(base)))
+
+
+def _softmax(base: KernelSpec) -> list[KernelSpec]:
+    found = [scheduled(replace(base, part="forward"))]
+    decode = softmax_schedule(replace(base, part="forward"), DECODE_ROWS)
+    if "pages" not in base.flags:
+        kept = tuple(flag for flag in base.flags if flag != "sinks")
+        step = replace(base, part="forward", flags=tuple({*kept, "partial", "lengths", "q_positions"}))
+        found.append(scheduled(step, decode))
+    sinks = ("sinks",) if "sinks" in base.flags else ()
+    found.append(scheduled(replace(base, part="merge", flags=sinks)))
+    if "pages" in base.flags:
+        return found
+    dense = {"lengths": "live", "shared": "positions", "base": "positions"}
+    backward = tuple({dense.get(flag, flag) for flag in base.flags} - {"sinks", "partial"})
+    bias = ("grad_bias",) if "bias" in base.flags else ()
+    queries = replace(base, part="grad_queries", flags=(*backward, *bias))
+    return [*found, scheduled(queries), scheduled(replace(base, part="grad_keys", flags=backward))]
+
+
+def _recurrence(base: KernelSpec) -> list[KernelSpec]:
+    what = RecurrenceSpec.parse(base.operator)
+    found = []
+    if admits(what):
+        flags = (*base.flags, *(("valid",) if what.window else ()))
+        variants = [replace(base, flags=flags), replace(base, flags=(*flags, "state"))]
+        for spec in variants:
+            found += [scheduled(replace(spec, part=part), recurrence_schedule(spec)) for part in forward_parts(what)]
+        if not what.window:
+            found.append(scheduled(replace(base, part="step"), recurrence_schedule(base)))
+    if what.window or not what.causal:
+        return found
+    features = sum(text_width(text, base.key_dim, base.feature_dim) for text in what.key_map)
+    like = torch.empty(0, dtype=torch.float32 if base.dtype == "float16" else getattr(torch, base.dtype))
+    core = replace(core_spec(what, like, features, base.value_dim, base.flags), target=base.target)
+    inner = RecurrenceSpec.parse(core.operator)
+    parts = (*forward_parts(inner), *backward_parts(inner))
+    return found + [scheduled(replace(core, part=part), recurrence_schedule(core)) for part in parts]

@@ -1,0 +1,153 @@
+"""The operator subquad::recurrence, forward and backward, by its generated kernels: same arguments, same results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.codegen import recurrence_run as run
+from subquad.codegen.recurrence_core import composed
+from subquad.codegen.recurrence_rows import counted, empty_windows, final_state, flat, sequences, split_state
+from subquad.codegen.recurrence_template import admits
+from subquad.codegen.running import dtype_name, target_of
+from subquad.codegen.schedule import Schedule, recurrence_schedule
+from subquad.ir.kernel_spec import KernelSpec
+from subquad.kernels import RecurrenceSpec
+from subquad.kernels.operator_scope import recording
+from subquad.kernels.recurrence_arguments import differentiable
+from subquad.kernels.recurrence_layout import arrange, complete
+
+Arguments = dict[str, Any]
+STEP = 8
+"""Tokens up to which a call without a window walks token by token."""
+
+
+def runs(given: Arguments) -> bool:
+    """True for the calls of the operator that the kernels compute."""
+    what = RecurrenceSpec.parse(given["spec"])
+    plain = given["q"].shape[1] > 0 and given["q"].dtype == given["k"].dtype == given["v"].dtype
+    packed = given["cu_seqlens"] is not None
+    if not what.causal or (packed and (what.window or what.decay == "additive")):
+        return False
+    return plain and (admits(what) or what.window == 0)
+
+
+def differentiates(given: Arguments) -> bool:
+    """True for the calls whose gradients the kernels compute; windows are left to the torch form."""
+    return runs(given) and RecurrenceSpec.parse(given["spec"]).window == 0
+
+
+def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, ...]:
+    """Outputs (o, state, window_k, window_v, seen) of the operator."""
+    what = RecurrenceSpec.parse(given["spec"])
+    if not admits(what):
+        return composed(given, schedule)
+    if what.window:
+        return _windowed(given, what, schedule)
+    batch, length = given["q"].shape[:2]
+    made = _prepared(given, what, schedule, {})
+    if given["cu_seqlens"] is None and length <= STEP and schedule is None:
+        _fill_state(made)
+        made.run("step")
+    else:
+        run.forward(made)
+    state = final_state(made)
+    seen = counted(given)
+    k, v = given["k"], given["v"]
+    rows = made.rows.count
+    return (
+        made.values["o_ptr"].view(batch, length, *made.values["o_ptr"].shape[1:]),
+        state,
+        *empty_windows(k, v, rows),
+        seen,
+    )
+
+
+def recurrence_backward(given: Arguments, grads: Sequence[Tensor], schedule: Schedule | None = None) -> list[Tensor]:
+    """Gradients of every floating input that is present, in argument order, for grads of (o, state, window_k, window_v)."""
+    with recording():
+        fresh = {
+            name: [item.detach().requires_grad_() for item in value]
+            if isinstance(value, list | tuple)
+            else (value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value)
+            for name, value in given.items()
+        }
+        inputs = differentiable(fresh)
+        outputs = composed(fresh, schedule)[:2]
+        pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=False) if out.requires_grad]
+        found = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
+    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, found, strict=True)]
+
+
+def _prepared(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None, extra: dict[str, Any]) -> run.Pass:
+    q, k, v = given["q"], given["k"], given["v"]
+    batch, length, heads, width = q.shape
+    flags = [name for name in ("valid", "state") if given[name] is not None]
+    flags += ["gate"] if what.window and given["window_gate"] is not None else []
+    weights = [*given["feature_q"], *given["feature_k"]]
+    hidden = weights[0].shape[-1] if weights else 0
+    spec = KernelSpec(
+        "recurrence", given["spec"], dtype_name(q), width, v.shape[3], hidden, flags=tuple(flags), target=target_of(q)
+    )
+    chosen = schedule or recurrence_schedule(spec)
+    rows = sequences(given, chosen.chunk)
+    values = {"q_ptr": flat(q), "k_ptr": flat(k), "v_ptr": flat(v), "k_heads": k.shape[2], "v_heads": v.shape[2]}
+    values["o_ptr"] = q.new_empty(batch * length, heads, v.shape[3])
+    for side in "qk":
+        values |= {f"w{n}_{side}_ptr": weight.float().contiguous() for n, weight in enumerate(given[f"feature_{side}"])}
+    if given["valid"] is not None:
+        values["valid_ptr"] = given["valid"].reshape(-1).to(torch.int8)
+    if given["decay"] is not None:
+        decay = given["decay"].float()
+        values["g_heads"] = decay.shape[-1] if what.decay in ("head", "token") else decay.shape[-2]
+        values["g_ptr"] = decay.contiguous()
+    if given["beta"] is not None:
+        values |= {"beta_ptr": given["beta"].float().contiguous(), "b_heads": given["beta"].shape[-1]}
+    if given["state"] is not None:
+        values |= split_state(given["state"], given["seen"], v.shape[3])
+    return run.prepared(spec, rows, chosen, heads, values | extra)
+
+
+def _windowed(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None) -> tuple[Tensor, ...]:
+    """Tokens without padding in front, with the window's history before them; absent tokens drop out at the end."""
+    q, k, v = given["q"], given["k"], given["v"]
+    batch, length, heads = q.shape[:3]
+    layout = arrange(q, k, v, given["valid"], given["window_k"], given["window_v"], given["seen"], what)
+    order = layout.order
+    place = torch.arange(length, device=q.device)
+    live = torch.as_tensor(layout.live, device=q.device).reshape(-1).expand(batch).contiguous()
+    past = layout.past.expand(batch).contiguous()
+    valid = place < live[:, None]
+    if what.branch == "shared":
+        valid = valid & (past[:, None] - what.window + place >= what.sinks)
+    tokens = {name: given[name] for name in ("decay", "beta")}
+    if order is not None:
+        tokens = {n: x if x is None or x.dim() < 3 else _picked(x, order) for n, x in tokens.items()}
+    extra = {"past_ptr": past, "live_ptr": live}
+    if given["window_gate"] is not None:
+        gate = given["window_gate"].float().reshape(-1)
+        extra["gate_ptr"] = gate.expand(heads).contiguous()
+    joined = (
+        given | tokens | {"q": layout.q, "k": layout.keys.to(k.dtype), "v": layout.values.to(v.dtype), "valid": valid}
+    )
+    extra |= {
+        "sink_k_ptr": layout.sinks_k.to(k.dtype).contiguous(),
+        "sink_v_ptr": layout.sinks_v.to(v.dtype).contiguous(),
+    }
+    made = _prepared(joined, what, schedule, extra)
+    run.forward(made)
+    return complete(layout, made.values["o_ptr"].view(batch, length, heads, -1), final_state(made), what)
+
+
+def _picked(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order.view(*order.shape, *([1] * (x.dim() - 2))).expand(-1, -1, *x.shape[2:]))
+
+
+def _fill_state(made: run.Pass) -> None:
+    """The token-by-token kernel always reads a state: one of zeros where none was given."""
+    for name, like in (("state_ptr", "final_ptr"), ("state_sum_ptr", "final_sum_ptr")):
+        if name not in made.values and like in made.values:
+            made.values[name] = torch.zeros_like(made.values[like])

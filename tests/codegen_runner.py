@@ -1,0 +1,170 @@
+"""Runs generated kernels under Triton's interpreter: cases as JSON on stdin, largest errors against fp64 on stdout.
+
+A process of its own, since TRITON_INTERPRET is read when kernels are decorated.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.codegen.recurrence_call import recurrence_backward, recurrence_forward
+from subquad.codegen.schedule import Schedule
+from subquad.codegen.softmax_call import softmax_backward, softmax_forward
+from subquad.kernels import RecurrenceSpec, SoftmaxSpec, recurrence_reference, softmax_attention_reference
+from subquad.kernels.recurrence_arguments import differentiable
+
+BLOCKS = Schedule(16, 16, 4)
+Case = dict[str, Any]
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Largest |got - wanted| / (1 + |wanted|); equal infinities and NaNs agree."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    found = torch.where(same, 0.0, ((got - wanted).abs() / (1 + wanted.abs())).nan_to_num(1e9))
+    return float(found.max()) if got.numel() else 0.0
+
+
+def leaves(given: Case) -> Case:
+    """The same arguments in fp64, floating ones requiring gradients."""
+
+    def fresh(x: Any) -> Any:
+        return x.detach().double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return {name: [fresh(one) for one in x] if isinstance(x, list) else fresh(x) for name, x in given.items()}
+
+
+def softmax_case(case: Case) -> dict[str, float]:
+    """Errors of o, lse and, where the case asks for them, all gradients."""
+    dtype = getattr(torch, case["dtype"])
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    h, hkv, d, dv, tq, t = case["shape"]
+    batch = case.get("batch", 2)
+    given: Case = {"q": draw(batch, tq, h, d), "q_positions": None, "rows": [], "lengths": [], "positions": []}
+    given |= {"k": [draw(batch, t, hkv, d)], "v": [draw(batch, t, hkv, dv)], "scalars": [5, -3]}
+    given |= {"bias": draw(h, 1, t) if case.get("bias") else None, "sinks": draw(h) if case.get("sinks") else None}
+    given["operands"] = [torch.rand(2, t) > 0.3, torch.arange(t) // 7]
+    if case.get("ragged"):
+        given["lengths"] = [torch.tensor([t, 3])]
+        given["q_positions"] = torch.tensor([t, 3])[:, None] - tq + torch.arange(tq)
+    if case.get("shared"):
+        given |= {"k": [draw(2, 21, hkv, d), given["k"][0]], "v": [draw(2, 21, hkv, dv), given["v"][0]]}
+        given["rows"] = [torch.arange(batch) % 2 * (1 - torch.arange(batch) // 3), torch.arange(batch)]
+        given["lengths"] = [torch.randint(5, 22, (batch,)), torch.randint(1, t + 1, (batch,))]
+        given["q_positions"] = sum(given["lengths"])[:, None] - tq + torch.arange(tq)
+    if case.get("pages"):
+        heads = 1 if case["pages"] == "rows" else hkv
+        given |= {"k": [draw(9, 4, hkv, d)], "v": [draw(9, 4, hkv, dv)]}
+        given["rows"] = [torch.randint(-1, 9, (batch, heads, 5))]
+        given["lengths"] = [torch.randint(3, 21, (batch,))]
+    if case.get("tree"):
+        given["operands"] = [torch.ones(2, tq, tq, dtype=torch.bool).tril(), torch.tensor([t - tq, t - tq - 2])]
+    given["spec"] = SoftmaxSpec(**case["spec"]).json()
+    got = softmax_forward(given, BLOCKS)
+    double = leaves(given)
+    wanted = softmax_attention_reference(**double)
+    found = {"o": error(got[0], wanted[0]), "lse": error(got[1], wanted[1])}
+    if not case.get("grad"):
+        return found
+    do, dlse = torch.randn(got[0].shape, dtype=torch.float64), torch.randn(got[1].shape, dtype=torch.float64)
+    real = wanted[1] != -torch.inf
+    loss = (wanted[0] * do).sum() + (torch.where(real, wanted[1], 0.0) * dlse).sum()
+    inputs = [double["q"], *double["k"], *double["v"], *(x for x in (double["bias"], double["sinks"]) if x is not None)]
+    expected = torch.autograd.grad(loss, inputs, allow_unused=True)
+    gradients = softmax_backward(given, do.to(dtype), dlse.float(), *got, schedule=BLOCKS)
+    for index, (one, other) in enumerate(zip(gradients, expected, strict=True)):
+        other = torch.zeros_like(inputs[index]) if other is None else other
+        found[f"gradient {index}"] = error(one.reshape(other.shape), other)
+    return found
+
+
+def recurrence_case(case: Case) -> dict[str, float]:
+    """Errors of every output in one call and in two that hand the state on, and of all gradients."""
+    dtype = getattr(torch, case["dtype"])
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    h, hkv, d, dv, tokens = case["shape"]
+    spec = RecurrenceSpec(**{name: tuple(x) if isinstance(x, list) else x for name, x in case["spec"].items()})
+    batch = 1 if case.get("packed") else 2
+    q, k, v = draw(batch, tokens, h, d), draw(batch, tokens, hkv, d), draw(batch, tokens, hkv, dv)
+    if spec.update == "delta":
+        k = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype)
+        if case.get("alike"):
+            k = k[:, :1].expand_as(k).contiguous()
+    names = ("decay", "beta", "valid", "state", "window_k", "window_v", "seen", "cu_seqlens", "window_gate")
+    given: Case = dict.fromkeys(names) | {"q": q, "k": k, "v": v, "spec": spec.json()}
+    count = max([text.count("@") and int(text[text.index("w") + 1]) + 1 for text in spec.feature_map])
+    for side in ("feature_q", "feature_k"):
+        given[side] = [torch.randn(h, d, case.get("hidden", 5)).to(dtype) for _ in range(count)]
+    strong = case.get("decay_scale", 1.0)
+    if spec.decay == "head":
+        given["decay"] = -torch.rand(h) * strong
+    elif spec.decay == "token":
+        given["decay"] = -torch.rand(batch, tokens, h) * strong
+    elif spec.decay == "channel":
+        given["decay"] = -torch.rand(batch, tokens, h, d) * strong
+    if spec.update == "delta":
+        given["beta"] = torch.full((batch, tokens, h), 1.99) if case.get("alike") else torch.rand(batch, tokens, h) * 2
+    if spec.window:
+        given["window_gate"] = torch.randn(h)
+    if case.get("padded"):
+        given["valid"] = torch.rand(batch, tokens) > 0.3
+        given["valid"][-1] = False
+    if case.get("packed"):
+        given["cu_seqlens"] = torch.tensor([0, 3, 3, tokens - 5, tokens])
+    double = leaves(given)
+    blocks = Schedule(case.get("chunk", 16), 16, 4)
+    wanted = recurrence_reference(**double)
+    got = recurrence_forward(given, blocks)
+    outputs = ("o", "state", "window k", "window v", "seen")
+    found = {name: error(a, b) for name, a, b in zip(outputs, got, wanted, strict=True)}
+    if not case.get("packed"):
+        cut = case.get("cut", tokens // 3)
+        parts = ("q", "k", "v", "valid", "decay", "beta")
+
+        def take(part: slice) -> Case:
+            return {n: given[n] if given[n] is None or given[n].dim() < 2 else given[n][:, part] for n in parts}
+
+        first = recurrence_forward(given | take(slice(0, cut)), blocks)
+        carried = dict(zip(("state", "window_k", "window_v", "seen"), first[1:], strict=True))
+        schedule = None if case.get("steps") else blocks
+        second = recurrence_forward(given | take(slice(cut, None)) | carried, schedule)
+        whole = (torch.cat([first[0], second[0]], 1), *second[1:])
+        found |= {f"{name} in two": error(a, b) for name, a, b in zip(outputs, whole, wanted, strict=True)}
+    if not case.get("grad"):
+        return found
+    if case.get("state"):
+        given["state"], given["seen"] = (
+            torch.randn(wanted[1].shape).abs() * 0.1,
+            torch.ones(wanted[1].shape[0], dtype=torch.int64),
+        )
+        rows = wanted[1].shape[0]
+        given |= {"window_k": k.new_zeros(rows, 0, hkv, d), "window_v": v.new_zeros(rows, 0, hkv, dv)}
+        double = leaves(given)
+        wanted = recurrence_reference(**double)
+    do, dstate = torch.randn(wanted[0].shape, dtype=torch.float64), torch.randn(wanted[1].shape, dtype=torch.float64)
+    state = torch.where(wanted[1].isfinite(), wanted[1], 0.0)
+    inputs = differentiable(double)
+    expected = torch.autograd.grad((wanted[0] * do).sum() + (state * dstate).sum(), inputs, allow_unused=True)
+    gradients = recurrence_backward(given, [do.to(dtype), dstate.float(), *wanted[2:4]], blocks)
+    for index, (one, other) in enumerate(zip(gradients, expected, strict=True)):
+        found[f"gradient {index}"] = error(one, torch.zeros_like(inputs[index]) if other is None else other)
+    return found
+
+
+if __name__ == "__main__":
+    for number, wished in enumerate(json.loads(sys.stdin.read())):
+        torch.manual_seed(number)
+        run = softmax_case if wished["op"] == "softmax" else recurrence_case
+        print(json.dumps(run(wished)), flush=True)
