@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from subquad.codegen.running import dtype_name, launch, processors, target_of
 from subquad.codegen.schedule import Schedule, softmax_schedule
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import SoftmaxSpec
-from subquad.kernels.segments import check, join, segments, split
+from subquad.kernels.segments import check, join, segments
 from subquad.kernels.softmax_torch import finish
 
 Arguments = dict[str, Any]
@@ -158,13 +159,24 @@ def softmax_backward(
         launch(named, values, grid)
     if what.empty_rows == "mean" and given["sinks"] is None:
         dv = dv + _mean_gradient(grad_o, empty, keys.live, dv)
-    grads = [dq.to(q.dtype), *split(dk, k, rows), *split(dv, v, rows)]
+    grads = [dq.to(q.dtype), *_stored(dk, k, rows), *_stored(dv, v, rows)]
     if bias is not None and dbias is not None and bias_too:
         grads.append(dbias.to(bias.dtype))
     if given["sinks"] is not None:
         weight = torch.exp(given["sinks"].float() - lse)
         grads.append((-weight * delta).sum((0, 1)).to(given["sinks"].dtype))
     return grads
+
+
+def _stored(joined: Tensor, like: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients [B, N, Hkv, *] of joined segments as those of the stored ones; rows read several times get the sum."""
+    parts = torch.split(joined, [segment.shape[1] for segment in like], 1)
+    if not rows:
+        return [part.to(segment.dtype) for part, segment in zip(parts, like, strict=True)]
+    return [
+        part.new_zeros(segment.shape).index_add_(0, row, part).to(segment.dtype)
+        for part, segment, row in zip(parts, like, rows, strict=True)
+    ]
 
 
 def _mean_gradient(grad_o: Tensor, empty: Tensor, live: Tensor | None, like: Tensor) -> Tensor:
