@@ -6,17 +6,20 @@ import copy
 import functools
 from typing import Any
 
-from subquad.ir.errors import SubquadError
+from subquad.ir.errors import GenerationError, SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
+from subquad.passes.speculate.draft_model import DraftModel
 from subquad.runtime.pacing import MOST
 from subquad.speculation_words import LOOKUP, NGRAM, spoken
 
-OWN = ("assistant_model", "custom_generate", "negative_prompt_ids", "past_key_values", "inputs_embeds", "position_ids",
+OWN = ("assistant_tokenizer", "custom_generate", "negative_prompt_ids", "past_key_values", "inputs_embeds", "position_ids",
        "cache_implementation", "assistant_early_exit")  # fmt: skip
 """Arguments that leave a call to the model's own generate."""
 SEARCH = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
           "force_words_ids": None, "low_memory": None, "token_healing": False}  # fmt: skip
 """Settings, with the value that leaves decoding one token after another."""
+DRAFTED = 5
+"""Tokens that an assistant model drafts for a pass when nobody says how many."""
 WORTH_COMPILING = 2**24
 """Bytes of weights from which on the decoder is compiled beside its first generation."""
 
@@ -25,8 +28,8 @@ class SpeculativeGenerate:
     """The bound replacement of a model's `generate`; what it cannot decode goes to the model's own.
 
     Arguments are prepared by Hugging Face's generate, which is then handed the decoding method.  The words of
-    `subquad.speculation_words` are taken beside them.  `why_not` says why the last call was left to the model's own decoding,
-    None when it was not.
+    `subquad.speculation_words` are taken beside them, and an `assistant_model` drafts.  `why_not` says why the last call was
+    left to the model's own decoding, None when it was not.
     """
 
     def __init__(self, model: Any, rewrite: LoopRewrite) -> None:
@@ -42,15 +45,18 @@ class SpeculativeGenerate:
         if self.why_not is not None:
             return own(self.model, inputs, generation_config, **kwargs)
         given, kwargs = _without_words(generation_config, config, dict(kwargs))
+        assistant = kwargs.pop("assistant_model", None)
         chosen = spoken(kwargs, self.rewrite)
+        drafter = None if assistant is None else assistant_drafter(assistant, self.model, config, kwargs)
         try:
             decoder = self._decoder()
         except SubquadError as refusal:
             self.why_not = str(refusal)
-            return own(self.model, inputs, generation_config, **kwargs)
+            return own(self.model, inputs, generation_config, assistant_model=assistant, **kwargs)
         from subquad.runtime.hf_decoding import HuggingFaceCall
 
-        drafter = None if chosen is None else decoder.drafter(chosen)
+        if drafter is None and chosen is not None:
+            drafter = decoder.drafter(chosen)
         most = MOST if chosen is None else 1 + chosen.num_speculative_tokens
         decode = functools.partial(decoder.decode, most=most)
         call = HuggingFaceCall(decode, decoder.engine.device, drafter, kwargs.get("streamer"))
@@ -100,3 +106,25 @@ def _criteria(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     found = StoppingCriteriaList([StopStringCriteria(tokenizer, strings), *(kwargs.get("stopping_criteria") or ())])
     return {**kwargs, "stop_strings": None, "stopping_criteria": found}
+
+
+def assistant_drafter(assistant: Any, model: Any, config: Any, kwargs: dict[str, Any]) -> DraftModel:
+    """The drafter of Hugging Face's assistant_model, with its num_assistant_tokens and assistant_confidence_threshold.
+
+    Raises GenerationError for an assistant with another vocabulary or none of its own decoding.
+    """
+    sizes = [one.config.get_text_config().vocab_size for one in (assistant, model)]
+    if sizes[0] != sizes[1]:
+        raise GenerationError(
+            f"the assistant model has {sizes[0]} tokens and the model {sizes[1]}; give one with the same tokenizer, or "
+            "tokenizer= and assistant_tokenizer=."
+        )
+    from subquad.runtime.hf_stepper import HuggingFaceStepper
+
+    settings = assistant.generation_config
+    tokens = kwargs.pop("num_assistant_tokens", None) or getattr(settings, "num_assistant_tokens", None) or DRAFTED
+    least = kwargs.pop("assistant_confidence_threshold", None)
+    least = getattr(settings, "assistant_confidence_threshold", None) if least is None else least
+    return DraftModel(
+        functools.partial(HuggingFaceStepper, assistant), sizes[1], min(int(tokens), MOST - 1), least or 0.0
+    )

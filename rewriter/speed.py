@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,9 +72,14 @@ def machine() -> str:
 
 
 def compare(
-    original: LoadedModel, fast: LoadedModel, *, prompt: str = PROMPT, new_tokens: int = 64, pairs: int = 3
+    original: LoadedModel,
+    fast: LoadedModel,
+    *,
+    prompts: Sequence[str] = (PROMPT,),
+    new_tokens: int = 64,
+    pairs: int = 3,
 ) -> Comparison:
-    """Run both models in turn, `pairs` times after a warm-up, on the same input.
+    """Run both models in turn, `pairs` times after a warm-up, on the same inputs.
 
     A model that generates is measured on time to first token and tokens per second: the original under its own `generate`,
     the rewritten one under the decoder that `subquad generate` uses.  Any other model is measured on one forward.
@@ -82,22 +87,25 @@ def compare(
     if pairs < 1:
         raise SubquadError(f"{pairs} pairs cannot be measured; give at least 1.")
     if fast.codec is not None and hasattr(fast.module, "generate") and fast.module.can_generate():
-        return _generation(original, fast, prompt, new_tokens, pairs)
+        return _generation(original, fast, prompts, new_tokens, pairs)
     return _forward(original, fast, pairs)
 
 
-def _generation(original: LoadedModel, fast: LoadedModel, prompt: str, new_tokens: int, pairs: int) -> Comparison:
+def _generation(
+    original: LoadedModel, fast: LoadedModel, prompts: Sequence[str], new_tokens: int, pairs: int
+) -> Comparison:
     sampling = Sampling(max_new_tokens=new_tokens)
     before: list[Generated] = []
     after: list[Generated] = []
     why = compile_decoder(fast.module)
-    with progress("measuring", 2 * (pairs + 1)) as advance:
-        for _ in range(pairs + 1):
+    generate_text(original, prompts[0], sampling, engine="transformers")
+    generate_text(fast, prompts[0], sampling)
+    with progress("measuring", 2 * pairs * len(prompts)) as advance:
+        for prompt in [*prompts] * pairs:
             before.append(generate_text(original, prompt, sampling, engine="transformers"))
             advance(1, "original measured")
             after.append(generate_text(fast, prompt, sampling))
             advance(1, "rewritten model measured")
-    before, after = before[1:], after[1:]
     speeds = [(a.tokens_per_second, b.tokens_per_second) for a, b in zip(before, after, strict=True)]
     firsts = [(a.first_token_seconds, b.first_token_seconds) for a, b in zip(before, after, strict=True)]
     figures = [
@@ -105,12 +113,11 @@ def _generation(original: LoadedModel, fast: LoadedModel, prompt: str, new_token
         Figure("time to first token", "s", *_medians(firsts), statistics.median(a / b for a, b in firsts)),
     ]
     last = after[-1]
-    agreement = before[-1].tokens == last.tokens
+    agreement = all(a.tokens == b.tokens for a, b in zip(before, after, strict=True))
+    accepted = statistics.mean(one.mean_accepted for one in after)
     notes = [*([] if why is None else [why]), *last.notes, f"original under {before[-1].engine}, rewritten under {last.engine}",
              f"greedy tokens {'identical' if agreement else 'differ'}"]  # fmt: skip
-    return Comparison(
-        figures, machine(), pairs, last.text, last.tokens, figures[0].rewritten, last.mean_accepted, notes
-    )
+    return Comparison(figures, machine(), pairs, last.text, last.tokens, figures[0].rewritten, accepted, notes)
 
 
 def _forward(original: LoadedModel, fast: LoadedModel, pairs: int) -> Comparison:

@@ -62,3 +62,6 @@ class PrefixStepper:
             assert list(path) == sorted(path)
             assert all(tree.parents[below] == above for above, below in pairwise(path))
             self.committed[n] += tuple(tree.tokens[node] for node in path)
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        self.committed = [row[: len(row) - count] for row, count in zip(self.committed, counts, strict=True)]

@@ -230,3 +230,33 @@ def test_a_model_without_a_loop_refuses_the_pass() -> None:
     fast = subquad.rewrite(HandWrittenDecoder().eval(), passes=["fuse", "speculate"], verify=False,
                            example_inputs=(torch.zeros(2, 5, dtype=torch.int64),))  # fmt: skip
     assert [(r.path, r.what) for r in fast.report.refused] == [("generate", "speculate")]
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same model", "a smaller one"])
+def test_an_assistant_model_drafts(fast: Any, same: bool) -> None:
+    torch.manual_seed(1)
+    assistant = tiny_llama(2 if same else 1)
+    if same:
+        assistant.load_state_dict(fast.state_dict())
+    for options in ({}, {"repetition_penalty": 1.3}, {"max_new_tokens": 1}):
+        want, got = both(fast, IDS, **options)
+        mine = fast.generate(IDS, do_sample=False, assistant_model=assistant, **{"max_new_tokens": 24, **options})
+        assert torch.equal(mine, want)
+        assert fast.generate.why_not is None
+    batch, _ = both(fast, FOUR)
+    got = fast.generate(
+        FOUR,
+        attention_mask=(FOUR != 0).long(),
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=0,
+        assistant_model=assistant,
+    )
+    assert torch.equal(got, batch)
+
+
+def test_an_assistant_with_another_vocabulary_is_one_sentence(fast: Any) -> None:
+    assistant = tiny_llama(1)
+    assistant.resize_token_embeddings(72)
+    with pytest.raises(GenerationError, match="the assistant model has 72 tokens and the model 64"):
+        fast.generate(IDS, max_new_tokens=4, assistant_model=assistant)

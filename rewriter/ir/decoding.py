@@ -38,6 +38,17 @@ class Stepper(Protocol):
         """Keep, of what was verified, the nodes of each row's path: ascending, the root first; empty for an ended row."""
 
 
+class RollbackStepper(Stepper, Protocol):
+    """A Stepper that can also take back what was committed: what a draft model needs, whose drafts may be refused."""
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each row."""
+
+
+OpenStepper = Callable[[], RollbackStepper]
+"""Makes a stepper that holds nothing yet."""
+
+
 class Chance(Protocol):
     """The source of randomness, so that a rule can be run on every outcome as well as on random ones."""
 
@@ -46,6 +57,9 @@ class Chance(Protocol):
 
     def pick(self, weights: Tensor) -> int:
         """One index drawn from non-negative weights [1, V]."""
+
+    def uniform(self, count: int) -> Tensor:
+        """float64 [count] between 0 and 1."""
 
 
 class AcceptanceRule(Protocol):

@@ -60,6 +60,11 @@ class ChainStepper:
             if fed > len(path):
                 self.engine.rollback(state, fed - len(path))
 
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each row."""
+        for state, count in zip(self.states, counts, strict=True):
+            self.engine.rollback(state, count)
+
 
 class LockStepper:
     """The Stepper of a batch that never drafts: all rows share one state and take one token a pass."""

@@ -27,6 +27,10 @@ class TorchChance:
         except RuntimeError as error:
             raise GenerationError(f"no token can be drawn: {str(error).splitlines()[0]}.") from error
 
+    def uniform(self, count: int) -> Tensor:
+        """float64 [count] between 0 and 1."""
+        return torch.rand(count, generator=self.generator, dtype=torch.float64)
+
 
 def seeded(seed: int | None, device: torch.device) -> TorchChance:
     """Draws of a generator of their own: seeded, or from entropy for None."""
