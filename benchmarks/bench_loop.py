@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import subquad
+from subquad.step_model import held
 
 
 class Block(nn.Module):
@@ -84,6 +85,9 @@ def main() -> None:
         start = time.perf_counter()
         fast(model, ids, 8, 0.8, 50)
         first = time.perf_counter() - start
+        start = time.perf_counter()
+        held(model).steps[0].decoder.compile()
+        compiled = time.perf_counter() - start
         seconds: dict[str, list[float]] = {"original": [], "subquad": []}
         equal = 0
         for n in range(arguments.pairs):
@@ -97,7 +101,8 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     ratio = statistics.median(a / b for a, b in zip(seconds["original"], seconds["subquad"], strict=True))
     print(
-        f"{size:.0f}M parameters, fp32, {arguments.prompt} + {arguments.tokens} tokens, sampled; first 8 tokens {first:.1f} s"
+        f"{size:.0f}M parameters, fp32, {arguments.prompt} + {arguments.tokens} tokens, sampled; first 8 tokens {first:.1f} s, "
+        f"programs ready after {compiled:.1f} s"
     )
     print("| loop | seconds (median) | tokens/s |\n|---|---|---|")
     for name, found in seconds.items():

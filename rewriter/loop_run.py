@@ -77,6 +77,8 @@ class LoopRun:
             self.prefix = PrefixCall(model.step.decoder.engine)
         if model.compared < COMPARED:
             return self._compared(original, args, kwargs, inputs)
+        if model.answered == 0:
+            model.step.compile()
         model.answered += 1
         ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
         return model.step.returned(_logits(self.prefix, model.step, ids, mask, lambda: original(*args, **kwargs)))

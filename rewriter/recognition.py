@@ -13,6 +13,8 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.attention import find_attention
+from subquad.passes.recognize.loop_carried import find_while_loops
+from subquad.passes.recognize.loop_unrolled import Unrolled, find_unrolled
 from subquad.passes.recognize.near_miss import nearest_miss
 from subquad.passes.share_prefix.find_prefixes import find_prefixes
 
@@ -29,6 +31,7 @@ def recognise(capture: Capture, report: Report) -> Report:
     report.notes.extend(note for note in capture.notes if note not in report.notes)
     report.sites.extend(sites)
     report.refusals.extend([*refusals, *_unread(capture.graph)])
+    _add_loops(capture.graph, report)
     if not sites:
         report.nearest = nearest_miss(capture.graph.graph, report.refusals)
     if not sites and not report.refusals:
@@ -44,6 +47,15 @@ def recognise(capture: Capture, report: Report) -> Report:
     report.prefixes.extend(find_prefixes(capture.graph, sites))
     report.seconds["prefixes"] = time.perf_counter() - start
     return report
+
+
+def _add_loops(module: torch.fx.GraphModule, report: Report) -> None:
+    """Add the decoding loops that the graph holds, unrolled or as a while_loop, and what keeps others from being one."""
+    for found in (*find_while_loops(module), *find_unrolled(module.graph)):
+        if isinstance(found, Refusal):
+            report.refusals.append(found)
+        else:
+            report.loops.append(found.loop if isinstance(found, Unrolled) else found)
 
 
 def _unread(module: torch.fx.GraphModule) -> list[Refusal]:

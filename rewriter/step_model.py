@@ -24,9 +24,12 @@ from subquad.ir.report import Report
 from subquad.pass_spec import parse_passes
 from subquad.recognition import recognise
 from subquad.replacement import replacement, rewritten_capture
+from subquad.text_generation import decoder_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """How far two orders of summation may lie apart, as a part of the largest logit."""
+WORTH_COMPILING = 2**24
+"""Bytes of weights from which on the decoder is compiled beside its first loop."""
 SHORTEST = 8
 """Columns of the example a model is captured with: an axis of one element would be fixed at it."""
 
@@ -54,6 +57,11 @@ class StepModel:
         """The ids, and the mask if the model takes one, of a call; or why it is not the captured one."""
         inputs, why = self.call.bound_inputs(args, without_cache(self.root, kwargs))
         return inputs, why or self.call.capture.guards.broken(inputs)
+
+    def compile(self) -> None:
+        """Compile the decoder beside the loop, where its weights are worth it; a program is used once it is ready."""
+        if sum(t.numel() * t.element_size() for t in self.root.parameters()) >= WORTH_COMPILING:
+            self.decoder.compile(wait=False)
 
     def changed(self) -> str | None:
         """Why the decoder is no longer the model's: parameters were trained or replaced, or it was put in training mode."""
@@ -144,7 +152,7 @@ def _made(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         _any_length(captured)
         applied = _with_operators(captured)
     every, rows = with_every_row(applied)
-    made = decoder(every)
+    made = decoder_of(root) if record is not None and rows.kept == "all" else decoder(every)
     logits = out if place == () else out[place]
     return StepModel(
         root,
