@@ -13,6 +13,9 @@ from subquad.kernels.sizes import surely
 
 FLOOR = -100.0
 """Least log decay of one token: exp of it is 0 beside 1 in fp32 and fp64, and sums of it keep their precision."""
+SPAN = 60.0
+"""Log decay of a chunk up to which rows may be scaled from its middle: exp of half of it, and of all of it among the entries
+above the diagonal that are dropped, is far from overflow in fp32, and factors cost no relative precision."""
 GROUP = 32
 """States that are joined at once by a triangle of decays; more are grouped first."""
 
@@ -23,7 +26,7 @@ class Chunks:
 
     query, key [L, n, C, F] are features; value [L, n, C, V]; decay [L, n or 1, C, 1 or F] log decays of at most 0, or None;
     beta [L, n, C, 1] for the delta update, or None. A token with zero key, beta and decay changes nothing. C is a power of
-    two where decay has F columns or beta is given.
+    two where decay has F columns or beta is given. gentle promises that the log decays of no chunk sum to less than -SPAN.
     """
 
     query: Tensor
@@ -31,6 +34,7 @@ class Chunks:
     value: Tensor
     decay: Tensor | None
     beta: Tensor | None
+    gentle: bool = False
 
 
 def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,21 +45,20 @@ def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
     T = (I + tril_-1(beta K K^T * D))^-1, W = T (beta e^G K), U = T (beta V). Sources: GLA (2312.06635) §4.3, Mamba-2
     (2405.21060) §6, DeltaNet (2406.06484) §3, Gated DeltaNet (2412.06464) §3.3.
     """
-    gates = _Gates(chunks.decay)
+    gates = _Gates(chunks.decay, chunks.gentle)
     query, key, value = chunks.query, chunks.key, chunks.value
-    leaving = gates.to_end(key)
+    leaving = gates.to_end(key).transpose(-1, -2)
+    faded = gates.faded(key)
     if chunks.beta is None:
-        added = torch.matmul(leaving.transpose(-1, -2), value)
-        before, final = states(added, gates.log_rate, start)
+        before, final = states(torch.matmul(leaving, value), gates.log_rate, start)
     else:
         if start is None:
             start = query.new_zeros(query.shape[0], key.shape[-1], value.shape[-1])
-        weighed = chunks.beta * key
-        inverse = unit_inverse(gates.scores(weighed, key).tril(-1))
-        remembered = torch.matmul(inverse, gates.from_start(weighed))
-        fresh = torch.matmul(inverse, chunks.beta * value)
-        before, value, final = _corrected(remembered, fresh, leaving, gates.log_rate, start)
-    inside = torch.matmul(gates.scores(query, key), value)
+        strict = chunks.beta * gates.scores(key, faded, -1)
+        inverse = unit_inverse(strict) * chunks.beta.transpose(-1, -2)
+        recalled, fresh = torch.matmul(inverse, gates.from_start(key)), torch.matmul(inverse, value)
+        before, value, final = _corrected(recalled, fresh, leaving, gates.log_rate, start)
+    inside = torch.matmul(gates.scores(query, faded, 0), value)
     if before is None:
         return inside, final
     out = torch.baddbmm(inside.flatten(0, 1), gates.from_start(query).flatten(0, 1), before.flatten(0, 1))
@@ -65,9 +68,15 @@ def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
 class _Gates:
     """The decays of chunks, and what they do to rows and scores."""
 
-    def __init__(self, decay: Tensor | None) -> None:
+    def __init__(self, decay: Tensor | None, gentle: bool) -> None:
         self.total = None if decay is None else decay.clamp(min=FLOOR).cumsum(2)
-        self.weights = None if self.total is None or self.total.shape[-1] > 1 else scalar_weights(self.total)
+        self.gentle = gentle and self.total is not None
+        self.weights: Tensor | None = None
+        if self.total is not None and gentle:
+            middle = self.total - self.total[:, :, self.total.shape[2] // 2, None]
+            self.rows, self.keys = torch.exp(middle), torch.exp(-middle)
+        elif self.total is not None and self.total.shape[-1] == 1:
+            self.weights = scalar_weights(self.total)
 
     @property
     def log_rate(self) -> Tensor | None:
@@ -82,12 +91,20 @@ class _Gates:
         """Rows decayed from their token to the end of their chunk."""
         return rows if self.total is None else rows * torch.exp(self.total[:, :, -1:] - self.total)
 
-    def scores(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """sum_f rows_if keys_jf exp(G_if - G_jf) for j <= i, else 0."""
-        if self.total is not None and self.weights is None:
-            return channel_scores(rows, keys, self.total.expand_as(keys))
-        scores = torch.matmul(rows, keys.transpose(-1, -2))
-        return scores.tril() if self.weights is None else scores * self.weights
+    def faded(self, keys: Tensor) -> Tensor:
+        """Keys as `scores` takes them."""
+        return keys * self.keys if self.gentle else keys
+
+    def scores(self, rows: Tensor, faded: Tensor, diagonal: int) -> Tensor:
+        """sum_f rows_if keys_jf exp(G_if - G_jf) up to the given diagonal, else 0."""
+        if self.total is not None and not self.gentle:
+            if self.weights is None:
+                scores = channel_scores(rows, faded, self.total.expand_as(faded))
+            else:
+                scores = torch.matmul(rows, faded.transpose(-1, -2)) * self.weights
+            return scores.tril(-1) if diagonal else scores
+        rows = rows * self.rows if self.gentle else rows
+        return torch.matmul(rows, faded.transpose(-1, -2)).tril(diagonal)
 
 
 def states(added: Tensor, log_rate: Tensor | None, start: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -147,15 +164,14 @@ def _triangle(added: Tensor, log_rate: Tensor | None, start: Tensor | None) -> t
 
 
 def _corrected(
-    remembered: Tensor, fresh: Tensor, leaving: Tensor, log_rate: Tensor | None, state: Tensor
+    recalled: Tensor, fresh: Tensor, leaving: Tensor, log_rate: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States before each chunk, values less what the state recalls of their keys, and the last state; chunk by chunk."""
     before, values = [], []
-    turned = leaving.transpose(-1, -2)
     rates = None if log_rate is None else torch.exp(log_rate.expand(-1, fresh.shape[1], -1))[..., None]
     for chunk in range(fresh.shape[1]):
         before.append(state)
-        values.append(torch.baddbmm(fresh[:, chunk], remembered[:, chunk], state, alpha=-1))
+        values.append(torch.baddbmm(fresh[:, chunk], recalled[:, chunk], state, alpha=-1))
         kept = state if rates is None else state * rates[:, chunk]
-        state = torch.baddbmm(kept, turned[:, chunk], values[-1])
+        state = torch.baddbmm(kept, leaving[:, chunk], values[-1])
     return torch.stack(before, 1), torch.stack(values, 1), state

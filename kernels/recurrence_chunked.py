@@ -38,6 +38,7 @@ def recurrence_chunked(
     seen: Tensor | None,
     spec: RecurrenceSpec,
     deep: bool = False,
+    gentle: bool = False,
 ) -> Result:
     """The operator subquad::recurrence for causal specs; O(T (chunk + window)) memory, traceable unless delta has several
     chunks.
@@ -45,7 +46,7 @@ def recurrence_chunked(
     A shared window delays keys: with E the window's history (w slots, oldest first) followed by the T new keys, token i
     evicts E[i] into the state and sees E[i+1 .. i+w] by softmax. With p that softmax, the window's share of the
     denominator is gamma / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves
-    the window's masks to the band alone.
+    the window's masks to the band alone; `gentle` is that of Chunks.
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
@@ -89,11 +90,11 @@ def recurrence_chunked(
 
     def linear(columns: Tensor, start: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         def split(x: Tensor) -> Tensor:
-            return x.flatten(0, 1).unflatten(1, shape)
+            return x.flatten(0, 1).unflatten(1, shape).contiguous()
 
         rows = None if weight is None else split(weight)[..., None]
         given = None if start is None else start.flatten(0, 1)
-        out, last = run(Chunks(split(phi_q), split(phi_k), split(columns), gates, rows), given)
+        out, last = run(Chunks(split(phi_q), split(phi_k), split(columns), gates, rows, gentle), given)
         return (x.unflatten(0, phi_q.shape[:2]) for x in (out.flatten(1, 2), last))  # type: ignore[return-value]
 
     ones = added.new_ones(*added.shape[:3], 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subquad.kernels import recurrence_packed as packed
 from subquad.kernels.features import width
+from subquad.kernels.linear_chunks import SPAN
 from subquad.kernels.operator_scope import recording
 from subquad.kernels.recurrence_arguments import (
     STATE,
@@ -28,8 +29,9 @@ from subquad.kernels.sizes import surely
 from subquad.kernels.softmax_torch import compute_dtype
 from subquad.kernels.spec import RecurrenceSpec
 
-BLOCK = 4096
-"""Tokens times rows times heads handled at once by the block loop: intermediates of this size stay in cache."""
+BLOCK = 1 << 19
+"""Entries of a feature tensor that the block loop handles at once (rows, heads, tokens, features): such a tensor stays in
+cache, and the loop costs little beside its products."""
 
 
 def recurrence_torch(
@@ -75,12 +77,12 @@ def forward(arguments: Arguments) -> Result:
         return _unchanged(arguments, what)
     walk = _walk(arguments, what)
     if len(walk) == 1:
-        result = _run(arguments, what, walk[0][2])
+        result = _run_block(arguments, what, walk[0][2])
         return (result[0].to(q.dtype), *result[1:])
     out = q.new_empty(*q.shape[:3], v.shape[3])
     carry: Sequence[Tensor | None] = [arguments[name] for name in STATE]
     for start, stop, deep in walk:
-        part, *carry = _run(_block(arguments, start, stop, carry), what, deep)
+        part, *carry = _run_block(_block(arguments, start, stop, carry), what, deep)
         out[:, start:stop] = part
     return (out, *carry)  # type: ignore[return-value]
 
@@ -101,7 +103,7 @@ def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
     carry: Sequence[Tensor | None] = [arguments[name] for name in STATE]
     starts = [carry]
     for start, stop, deep in walk[:-1]:
-        carry = _run(_block(arguments, start, stop, carry), what, deep)[1:]
+        carry = _run_block(_block(arguments, start, stop, carry), what, deep)[1:]
         starts.append(carry)
     total: dict[str, Any] = {}
     pieces: dict[str, list[Tensor]] = {}
@@ -109,7 +111,7 @@ def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
     for (start, stop, deep), carry in zip(reversed(walk), reversed(starts), strict=True):
         block = _block(arguments, start, stop, carry)
         found = named_gradients(
-            block, _gradients(partial(_run, what=what, deep=deep), block, [grads[0][:, start:stop], *carried])
+            block, _gradients(partial(_run_block, what=what, deep=deep), block, [grads[0][:, start:stop], *carried])
         )
         if len(walk) > 1:
             carried = [found.pop(name) for name in STATE[:3] if name in found]
@@ -133,13 +135,20 @@ def feature_width(arguments: Arguments) -> Any:
     return width(RecurrenceSpec.parse(arguments["spec"]).key_map, arguments["k"].shape[3], arguments["feature_k"])
 
 
-def _run(named: Arguments, what: RecurrenceSpec, deep: bool = False) -> Result:
+def _run(named: Arguments, what: RecurrenceSpec, deep: bool = False, gentle: bool = False) -> Result:
     names = ("q", "k", "v", "decay", "feature_q", "feature_k", "valid", "state", "seen")
     given = {name: named[name] for name in names}
     if not what.causal:
         return recurrence_both(**given, spec=what)
     given |= {name: named[name] for name in ("beta", "window_gate", "window_k", "window_v")}
-    return recurrence_chunked(**given, spec=what, deep=deep)
+    return recurrence_chunked(**given, spec=what, deep=deep, gentle=gentle)
+
+
+def _run_block(named: Arguments, what: RecurrenceSpec, deep: bool) -> Result:
+    """`_run` for values at hand: gates that stay open enough take the cheaper products."""
+    decay = named["decay"]
+    gentle = decay is not None and decay.numel() > 0 and float(decay.detach().amin()) * CHUNK >= -SPAN
+    return _run(named, what, deep, gentle)
 
 
 def _unchanged(arguments: Arguments, what: RecurrenceSpec) -> Result:
@@ -191,7 +200,8 @@ def _walk(arguments: Arguments, what: RecurrenceSpec) -> list[tuple[int, int, bo
     batch, total, heads, _ = arguments["q"].shape
     if not what.causal:
         return [(0, total, False)]
-    size = max(BLOCK // (batch * heads) // CHUNK, 1) * CHUNK
+    columns = max(feature_width(arguments), arguments["v"].shape[3])
+    size = max(BLOCK // (batch * heads * columns) // CHUNK, 1) * CHUNK
     seen = 0 if arguments["seen"] is None or not what.window else int(arguments["seen"].min())
     sure = arguments["valid"] is None
     return [

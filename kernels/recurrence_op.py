@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.kernels import recurrence_forms as forms
+from subquad.kernels.operator_scope import own_precision
 from subquad.kernels.provider import provided
 from subquad.kernels.recurrence_arguments import STATE, differentiable
 from subquad.kernels.softmax_torch import compute_dtype
@@ -55,13 +55,6 @@ def check(arguments: dict[str, Any]) -> RecurrenceSpec:
             "recurrence got part of an initial state; give all of state, window_k, window_v and seen, or none."
         )
     return spec
-
-
-def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Keeps autocast out of the operator's own products, which choose their precision by the inputs' dtype."""
-    if torch.is_autocast_enabled(q.device.type):
-        return torch.autocast(q.device.type, enabled=False)
-    return nullcontext()
 
 
 def recurrence_forward(
@@ -123,7 +116,7 @@ def recurrence_forward(
     check(arguments)
     provider = provided()
     found = provider("recurrence", arguments) if provider is not None and q.device.type != "cpu" else None
-    with _own_precision(q):
+    with own_precision(q.device.type):
         result = forms.forward(arguments) if found is None else found
     return tuple(output.contiguous() for output in result)  # type: ignore[return-value]
 
@@ -218,7 +211,7 @@ def recurrence_backward(
     )
     arguments = dict(zip(ARGUMENTS, values, strict=True))
     provider = provided() if q.device.type != "cpu" else None
-    with _own_precision(q):
+    with own_precision(q.device.type):
         found = None if provider is None else provider("recurrence_backward", arguments | {"grads": grads})
         if found is None:
             found = forms.backward(arguments, grads)

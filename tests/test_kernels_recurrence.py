@@ -185,7 +185,7 @@ def test_long_half_precision_input_keeps_its_denominator(monkeypatch):
     assert state.dtype == torch.float32
     error = (o.double() - wanted).norm() / wanted.norm()
     assert error < 0.02, error
-    monkeypatch.setattr(forms, "BLOCK", 128)
+    monkeypatch.setattr(forms, "BLOCK", 4096)
     close([recurrence(**arguments)[0]], [wanted])
 
 
