@@ -241,6 +241,9 @@ def _getitem(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices 
     items = list(a["index"]) if isinstance(a["index"], (list, tuple)) else [a["index"]]
     if any(isinstance(x, Node) and shape_of(x) is not None for x in items):
         return None
+    lists = [x for x in items if isinstance(x, list)]
+    if lists and (len(lists) > 1 or len(lists[0]) != 1 or any(isinstance(x, int) for x in items)):
+        return None
     named = sum(1 for x in items if x is not None and x is not Ellipsis)
     fill = [slice(None)] * (len(base) - named)
     if Ellipsis in items:
@@ -259,6 +262,9 @@ def _getitem(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices 
                 return None
             result.append(start + _integer(item.step or 1) * rest.pop(0))
         else:
+            if isinstance(item, list):
+                rest.pop(0)
+                item = item[0]
             at_index = _start(item, base[dim])
             if at_index is None:
                 return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import sympy
 import torch.fx
 
-from subquad.ir.graph import shape_of
+from subquad.ir.graph import dtype_of, shape_of
 from subquad.ir.site import Operand
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.frame import DIM, Frame, Indices
@@ -52,7 +52,7 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
             if split is not None:
                 operand = Operand(here.node, split.axes, mixed)
                 packed.append(Peeled(operand, split.repeats, factor, tuple(passed)))
-        before = frame.traced(here)
+        before = frame.traced(here) or _uncast(here)
         if before is None:
             scaled = None if algebra is None else _scaled(here.node, algebra)
             if scaled is None:
@@ -70,6 +70,14 @@ def alike(keys: list[Peeled], values: list[Peeled], node: Node) -> tuple[Peeled,
     for repeats in sorted({k.repeats for k in keys} & {v.repeats for v in values}, reverse=True):
         return tuple([p for p in side if p.repeats == repeats][-1] for side in (keys, values))  # type: ignore[return-value]
     raise NotAttention("keys and values repeat their heads differently", node, "heads")
+
+
+def _uncast(here: IndexMap) -> IndexMap | None:
+    """One step back through a cast to the dtype that the tensor has already."""
+    if kind(here.node) != "cast":
+        return None
+    source = arguments(here.node)["x"]
+    return IndexMap(source, here.indices) if dtype_of(source) == dtype_of(here.node) else None
 
 
 def _scaled(node: Node, algebra: MaskAlgebra) -> tuple[Node, float] | None:
