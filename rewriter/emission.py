@@ -11,10 +11,10 @@ import torch.fx
 
 import subquad.kernels  # noqa: F401  (registers the operators)
 from subquad.ir.emitter import Emitter
-from subquad.ir.graph import dtype_of, rank_of, users_of, value_of
+from subquad.ir.graph import dtype_of, rank_of, shape_of, users_of, value_of
 from subquad.ir.mask import KV, B, Mask
 from subquad.ir.rewrite import SiteOperator
-from subquad.ir.site import Bias, Site
+from subquad.ir.site import Bias, ScoreTensor, Site
 from subquad.ir.vocabulary import kind
 from subquad.layout_emission import canonical, laid_out, restored, size_node
 
@@ -44,6 +44,8 @@ def emit_site(
     else:
         node = _recurrence(emitter, site, call, q, k, v, learned)
     out = emitter.call(operator.getitem, node, 0)
+    if call.operator == "softmax_attention" and isinstance(site.sinks, ScoreTensor):
+        out = _shared_with_rows(emitter, out, node, site.sinks)
     out = restored(emitter, out, site)
     if dtype_of(out) is not None and dtype_of(out) != dtype_of(site.out):
         out = emitter.call(torch.ops.aten.to.dtype, out, dtype_of(site.out))
@@ -118,14 +120,37 @@ def _term(emitter: Emitter, bias: Bias, q: Node) -> Node:
     return emitter.call(torch.ops.aten.masked_fill.Scalar, zeros, hidden, bias.fill)
 
 
+def _shared_with_rows(emitter: Emitter, out: Node, node: Node, sinks: ScoreTensor) -> Node:
+    """The result where a further logit s of each row, without a value, takes its part: out·Σexp / (Σexp + exp s)."""
+    logits = laid_out(emitter, sinks)
+    if _is_per_head(logits):
+        return out
+    for _ in range(4 - (rank_of(logits) or 0)):
+        logits = emitter.call(torch.ops.aten.unsqueeze.default, logits, 0)
+    rows = emitter.call(torch.ops.aten.permute.default, logits, [0, 2, 1, 3])
+    lse = emitter.call(torch.ops.aten.unsqueeze.default, emitter.call(operator.getitem, node, 1), -1)
+    share = emitter.call(torch.ops.aten.sigmoid.default, emitter.call(torch.ops.aten.sub.Tensor, lse, rows))
+    return emitter.call(torch.ops.aten.mul.Tensor, out, share)
+
+
+def _is_per_head(logits: Node) -> bool:
+    """True for logits [1, H, 1, 1], which the operator takes itself."""
+    shape = (1,) * 4 + (shape_of(logits) or ())
+    return all(isinstance(size, int) and size == 1 for size in (shape[-4], shape[-2], shape[-1]))
+
+
 def _sinks(emitter: Emitter, site: Site) -> Node | None:
+    """The logits [H]; none where each row has its own."""
     if site.sinks is None:
         return None
     if isinstance(site.sinks, float):
         return emitter.call(
             torch.ops.aten.full.default, [site.heads], site.sinks, dtype=torch.float32, device=_device(site)
         )
-    logits = emitter.call(torch.ops.aten.flatten.using_ints, laid_out(emitter, site.sinks), 0, -1)
+    logits = laid_out(emitter, site.sinks)
+    if not _is_per_head(logits):
+        return None
+    logits = emitter.call(torch.ops.aten.flatten.using_ints, logits, 0, -1)
     return emitter.call(torch.ops.aten.expand.default, logits, [site.heads])
 
 

@@ -285,16 +285,11 @@ class ScoreReader:
             raise NotAttention("the scores are concatenated with more than one further logit a row", node, "sink")
         first = sympy.S.Zero if parts[0] is before else size_of(shape[along])
         number = self.number(other)
-        sinks: ScoreTensor | float
-        if number is not None:
-            sinks = number
-        else:
-            source, aligned = self._unexpanded(other, before)
-            sinks = ScoreTensor(source, aligned)
+        sinks: ScoreTensor | float = self._column(other, before) if number is None else number
         return scores.after(node, "sink", sinks=sinks, first_key=first)
 
-    def _unexpanded(self, column: Node, scores: Node) -> tuple[Node, Any]:
-        """The tensor behind a column's expansion, laid out [1, H, 1, 1]."""
+    def _column(self, column: Node, scores: Node) -> ScoreTensor:
+        """An appended column of logits: the tensor behind its expansion, [1, H, 1, 1], or one logit a row, [B, H, Tq, 1]."""
         source = column
         while kind(source) in ("expand", "contiguous", "cast"):
             source = arguments(source)["x"]
@@ -305,11 +300,7 @@ class ScoreReader:
             is_one(size) or place[n + offset].free_symbols <= heads for n, size in enumerate(shape)
         )
         views = self.frame.views(shape, len(place), place) if per_head else None
-        if views is None:
-            raise NotAttention(
-                "the appended logit differs between rows, which a sink per head does not", column, "sink"
-            )
-        return source, views
+        return self.over_scores(column, scores) if views is None else ScoreTensor(source, views)
 
 
 SHAPES = frozenset(["sym_size", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"])

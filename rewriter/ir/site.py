@@ -92,8 +92,8 @@ class Site:
     q, k, v: operands, GQA repetition peeled off.  out: the node that holds the result, in `out_axes` order (batch, time,
     head, dim).  scale multiplies q·k, `folded` of it taken out of q and k;
     gain, a tensor that does not depend on the key, multiplies it too; softcap c means c·tanh(s/c) after them.  biases are
-    added then, the mask applied last.  heads, kv_heads, head_dim, value_dim: static sizes.  sinks: one more logit per head
-    without a value, a tensor over the scores or one number.  absorbed: interior nodes.  mask_sources: the
+    added then, the mask applied last.  heads, kv_heads, head_dim, value_dim: static sizes.  sinks: one more logit without
+    a value per head or per row, a tensor over the scores, or one number for all.  absorbed: interior nodes.  mask_sources: the
     tensors that the mask was read from.  packed: axes of the result that count batch and heads together; out_axes then
     number the axes behind their unpacking.
     provenance: what lies behind q, k and v, in nodes of the graph that the site was found in; None when it was not looked for.
