@@ -70,12 +70,15 @@ def _axes(name: str, value: torch.Tensor) -> list[int]:
     """Batch and sequence, never heads, channels or features; axes of size one stay fixed.
 
     [B], [B, T] and [B, T, D] → the first two; [B, H, T, …] and more → the first and the third, and the fourth of a mask
-    [B, H, Tq, Tk] (boolean, or as wide as it is high); of images [B, C, H, W] or [B, H, W, C] → the first.
+    [B, H, Tq, Tk] (boolean, as wide as it is high, or one row for all queries and heads); of images [B, C, H, W] or
+    [B, H, W, C] → the first.
     """
     axes = {0, 1} if value.dim() < 4 else {0, 2}
     if _is_image(name, value):
         axes = {0}
-    elif value.dim() == 4 and (value.dtype == torch.bool or value.shape[2] == value.shape[3]):
+    elif value.dim() == 4 and (
+        value.dtype == torch.bool or value.shape[2] == value.shape[3] or value.shape[1] == value.shape[2] == 1
+    ):
         axes.add(3)
     return sorted(axis for axis in axes if axis < value.dim() and value.shape[axis] != 1)
 
@@ -83,7 +86,7 @@ def _axes(name: str, value: torch.Tensor) -> list[int]:
 def _is_image(name: str, value: torch.Tensor) -> bool:
     if value.dim() < 4 or not value.dtype.is_floating_point:
         return False
-    channels_last = value.dim() == 4 and value.shape[1] == value.shape[2] != value.shape[3]
+    channels_last = value.dim() == 4 and 1 < value.shape[1] == value.shape[2] != value.shape[3]
     return bool(IMAGES.search(name)) or (value.dim() == 4 and value.shape[1] == 3) or channels_last
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
-from torch.utils._sympy.functions import CleanDiv
+from torch.utils._sympy.functions import CleanDiv, PythonMod
 from torch.utils._sympy.functions import FloorDiv as TorchFloorDiv
 from torch.utils._sympy.functions import Mod as TorchMod
 
@@ -103,6 +103,7 @@ def size(emitter: Emitter, value: Any) -> Any:
 _OPERATIONS = {
     sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv, TorchFloorDiv: operator.floordiv,
     CleanDiv: operator.floordiv, sympy.Mod: operator.mod, TorchMod: operator.mod,
+    PythonMod: operator.mod,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from subquad.bound_forward import own_hooks_lifted
 from subquad.capture import Capture, ProgramModule, capture
+from subquad.capture_guards import fixed_size
 from subquad.equal_modules import Footprints, can_move, moved_capture
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import ancestors, module_path, value_of
@@ -222,7 +223,7 @@ def _same(site: Site, taken: Replacement) -> bool:
 
 def _words(site: Site) -> Any:
     sizes = [
-        isinstance(operand.shape[axis], torch.SymInt)
+        fixed_size(operand.shape[axis]) is None
         for operand in (site.q, site.k)
         for group in operand.axes[:2]
         for axis in group

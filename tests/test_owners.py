@@ -58,6 +58,25 @@ class Stack(nn.Module):
         return x
 
 
+class Padded(nn.Module):
+    """A root that hands down one row of an additive mask for all queries and heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = GivenRow()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x, x.mean(-1)[:, None, None] * 3)
+
+
+class GivenRow(GivenMask):
+    """Attention that adds what it is given."""
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return ((q @ k.mT * 8**-0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 class Lengths(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +119,7 @@ def bound(model: nn.Module) -> list[str]:
         (lambda: Outer(nn.Sequential(nn.Linear(16, 16), CausalBufferAttention(16, 2, 64))), ["first.1", "second"]),
         (lambda: Stack((True, True)), ["blocks.0", "blocks.1"]),
         (lambda: Stack((False, True)), [""]),
+        (Padded, ["attn"]),
         (Lengths, [""]),
         (Twice, [""]),
     ],
@@ -108,6 +128,7 @@ def bound(model: nn.Module) -> list[str]:
         "inside a container",
         "mask made by the block",
         "mask made by the root",
+        "one row of a mask from the root",
         "a length",
         "called twice",
     ],

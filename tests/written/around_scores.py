@@ -177,6 +177,26 @@ class Sinks(nn.Module):
         return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v
 
 
+def row_sinks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A logit beside the keys that each query computes for itself."""
+    scores = raw(q, k).masked_fill(columns(q @ k.mT) > rows(q @ k.mT), LOWEST)
+    column = torch.sin(3 * q).mean(-1, keepdim=True)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v
+
+
+def in_padded_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention inside blocks of four, of a length that is padded to a whole number of them."""
+    length = q.shape[2]
+    q, k, v = (F.pad(x, (0, 0, 0, -length % 4)).unflatten(2, (-1, 4)).transpose(1, 2) for x in (q, k, v))
+    return (torch.softmax(raw(q, k), -1) @ v).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def upcast_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Heads picked by a list of one index and repeated; keys are cast to the type that they have."""
+    k, v = (x[:, [-1]].expand(-1, 4, -1, -1) for x in (k, v))
+    return torch.softmax(raw(q.float(), k.float()), -1) @ v
+
+
 class Temperature(nn.Module):
     """Scores times a learned number per head."""
 
@@ -316,6 +336,9 @@ CASES = (
     case("values times probabilities", values_first, scale=SCALE),
     made("sink logits", Sinks, scale=SCALE, sinks=True),
     made("sink logits in front", partial(Sinks, True), scale=SCALE, sinks=True),
+    case("keys of one picked head, cast to their own type", upcast_groups, scale=SCALE, kv_heads=1),
+    case("sink logits per row", row_sinks, scale=SCALE, sinks=True, mask="causal"),
+    case("blocks of a padded length", in_padded_blocks, scale=SCALE),
     made("temperature per head divides scores", partial(Temperature, "scores"), scale=1.0),
     made("temperature per head on q", partial(Temperature, "q"), scale=1.0),
     made("cosine similarity", partial(Temperature, "cosine"), scale=1.0),
