@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import logging
 import multiprocessing
@@ -28,70 +30,76 @@ from zoo_inductor import fused_by_inductor
 from zoo_inputs import inputs_of
 from zoo_table import markdown
 
-WAYS = {"eager": ("rewrite", "dynamo"), "sdpa": ("rewrite", "core")}
-"""What each spelling goes through beyond recognition; a model with one spelling goes through all."""
+WAYS = ("rewrite", "dynamo", "core", "inductor")
+"""What each architecture goes through beyond recognition; Inductor's patterns are counted in the eager spelling alone."""
 
 
 class _Late(BaseException):
     """The time limit of one architecture has passed."""
 
 
-def examine(entry: zoo.Architecture, limit: int, inductor: bool, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The outcomes of one architecture, one per spelling it has, as plain data."""
-    torch.set_num_threads(1)
-    logging.disable(logging.ERROR)
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _stop)
+def examine(entry: zoo.Architecture, limit: int, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The outcomes of one architecture, one per spelling it has, as plain data.
+
+    limit: seconds of processor time for one spelling.
+    """
+    _prepared()
     records: list[dict[str, Any]] = []
     for spelling in ("sdpa", "eager"):
-        signal.alarm(limit)
+        signal.setitimer(signal.ITIMER_PROF, limit)
         try:
             specimen = zoo.build(entry, spelling)
             if any(r.get("spelling") == specimen.spelling for r in records):
                 continue
-            only = specimen.spelling != spelling
-            ways = tuple({w for s in WAYS for w in WAYS[s]}) if only else WAYS[spelling]
-            outcome = zoo_runner.run(specimen, tuple(way for way in ways if way in wanted))
-            if inductor and specimen.spelling == "eager" and outcome.executed:
-                outcome.fused = _fused(specimen)
+            eager = specimen.spelling == "eager"
+            outcome = zoo_runner.run(specimen, tuple(way for way in wanted if eager or way != "inductor"))
+            if eager and "inductor" in wanted and outcome.executed:
+                outcome.fused = _without_padding(specimen, outcome.fused)
             records.append(outcome.json())
         except zoo.NotBuilt as reason:
             return [{"name": entry.name, "not_built": str(reason)}]
         except _Late:
             records.append({"name": entry.name, "spelling": spelling, "late": limit})
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     return records
+
+
+@functools.cache
+def _prepared() -> None:
+    """One thread, no messages, and garbage collected rarely: tracing makes many objects that live on."""
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGPROF, _stop)
+    gc.set_threshold(200_000, 50, 100)
 
 
 def _stop(*_: Any) -> None:
     raise _Late
 
 
-def _fused(specimen: zoo.Specimen) -> int | None:
+def _without_padding(specimen: zoo.Specimen, fused: int | None) -> int | None:
     """Inductor's count at its best: a padding mask keeps most of its patterns from matching."""
     inputs = inputs_of(specimen.model, specimen.architecture.kind)
-    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    counts = []
-    for given in (inputs, bare) if bare != inputs else (inputs,):
-        try:
-            counts.append(fused_by_inductor(specimen.model, given))
-        except Exception:
-            continue
-    return max(counts, default=None)
+    if "attention_mask" not in inputs:
+        return fused
+    try:
+        bare = fused_by_inductor(specimen.model, {k: v for k, v in inputs.items() if k != "attention_mask"})
+    except Exception:
+        return fused
+    return max(bare, fused or 0)
 
 
 def outcomes(entries: list[zoo.Architecture], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The outcomes of every entry, as they come."""
     if arguments.processes == 1:
         for entry in entries:
-            yield examine(entry, arguments.limit, arguments.inductor, tuple(arguments.ways))
+            yield examine(entry, arguments.limit, tuple(arguments.ways))
         return
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=60) as pool:
-        waiting = {
-            pool.submit(examine, e, arguments.limit, arguments.inductor, tuple(arguments.ways)): e for e in entries
-        }
+        waiting = {pool.submit(examine, e, arguments.limit, tuple(arguments.ways)): e for e in entries}
         for done in as_completed(waiting):
             try:
                 yield done.result()
@@ -105,6 +113,7 @@ def run_zoo(arguments: argparse.Namespace) -> None:
     records = [json.loads(line) for line in path.read_text().splitlines()] if arguments.resume and path.exists() else []
     known = {r["name"] for r in records}
     entries = [e for e in zoo.architectures(*arguments.kinds) if arguments.match in e.name and e.name not in known]
+    entries = entries[: arguments.at_most]
     start = time.perf_counter()
     with path.open("a" if arguments.resume else "w") as file:
         for count, found in enumerate(outcomes(entries, arguments), 1):
@@ -137,17 +146,18 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time recognition and its growth with the graph")
     parser.add_argument("--kinds", nargs="*", default=["causal", "masked", "seq2seq", "image"], choices=list(zoo.KINDS))
     parser.add_argument("--match", default="", help="only architectures whose name holds this")
-    parser.add_argument("--limit", type=int, default=120, help="seconds for one architecture in one spelling")
+    parser.add_argument("--limit", type=int, default=120, help="processor seconds for one architecture in one spelling")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--inductor", action="store_true", help="count what Inductor's patterns fuse, too")
     parser.add_argument(
         "--ways",
         nargs="*",
-        default=["rewrite", "dynamo", "core"],
+        default=list(WAYS),
+        choices=WAYS,
         help="what follows recognition; nothing for it alone",
     )
     parser.add_argument("--out", default="coverage.jsonl", help="file for the outcomes, one JSON object a line")
     parser.add_argument("--resume", action="store_true", help="keep what the file holds and run the rest")
+    parser.add_argument("--at-most", type=int, help="stop after this many architectures; --resume goes on")
     arguments = parser.parse_args()
     if arguments.time or not arguments.zoo:
         print(machine.line())

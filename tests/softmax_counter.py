@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = __file__
+SKIPPED = {__file__}
+"""Files whose frames are no user code: this one, and those that build on it."""
 COUNTED = {
     "_softmax": "softmax",
     "_safe_softmax": "sdpa",
@@ -53,7 +54,7 @@ class SoftmaxCounter(TorchDispatchMode):
         if counted is not None:
             if self.spoil == self.executed:
                 (result[0] if isinstance(result, tuple) else result).mul_(1.5)
-            self.lines[counted, _user_line(sys._getframe(1))] += 1
+            self.lines[counted, next(iter(user_lines(sys._getframe(1))), "")] += 1
         return result
 
 
@@ -72,14 +73,15 @@ def unread(run: Callable[[], Sequence[torch.Tensor]]) -> int:
     return dead
 
 
-def _user_line(frame: FrameType | None) -> str:
-    """The innermost line that is neither PyTorch's nor ours."""
+def user_lines(frame: FrameType | None) -> list[str]:
+    """The lines on the stack that are neither PyTorch's nor ours, innermost first."""
+    lines = []
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_TORCH) and name != _HERE and not name.startswith("<"):
-            return f"{name}:{frame.f_lineno}"
+        if not name.startswith(_TORCH) and name not in SKIPPED and not name.startswith("<"):
+            lines.append(f"{name}:{frame.f_lineno}")
         frame = frame.f_back
-    return ""
+    return lines
 
 
 def short(source: str) -> str:

@@ -12,11 +12,12 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import zoo
+from attention_witness import AttentionWitness
 from softmax_counter import SoftmaxCounter, unread
 from zoo_config import small_config
 from zoo_inputs import inputs_of, padding_mask
 from zoo_judge import Reference, outputs
-from zoo_runner import Outcome, Path, run
+from zoo_runner import Outcome, Path, judge_lines, run
 from zoo_table import NOT_ATTENTION, markdown, rows
 
 SAMPLE = [
@@ -43,6 +44,8 @@ def assert_complete(outcome: Outcome) -> None:
             assert len(path.sites) + len(path.refusals) == outcome.executed - outcome.unread, outcome.lines
             assert path.wrong == []
             assert path.odd == []
+            assert path.false == []
+            assert path.denied == []
 
 
 @pytest.mark.parametrize(("name", "spelling"), SAMPLE)
@@ -54,6 +57,7 @@ def test_a_family_is_recognised_and_rewritten(name: str, spelling: str) -> None:
     assert outcome.export.sites
     assert truly_refused(outcome.export) == []
     assert outcome.export.not_rewritten == []
+    assert outcome.export.original == []
 
 
 @pytest.mark.parametrize(("name", "spelling"), [("causal:llama", "sdpa"), ("masked:bert", "eager")])
@@ -117,6 +121,60 @@ def test_the_counter_counts_executions_by_line() -> None:
     assert all(line.split(":")[0] == __file__ for _, line in counter.lines)
 
 
+class Mixed(nn.Module):
+    """Attention, the routing of experts (all, and the best two), pooling over the tokens, a mixture with itself, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.score, self.label = nn.Linear(8, 4), nn.Linear(8, 1), nn.Linear(8, 3)
+        self.q, self.experts = nn.Linear(8, 8), nn.Linear(8, 32)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        scores = (self.q(x) @ x.mT * 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e9)
+        return scores.softmax(-1) @ x
+
+    def attention_by_sums(self, x: torch.Tensor) -> torch.Tensor:
+        scores = (self.q(x)[:, :, None] * x[:, None]).sum(-1)
+        return (scores.softmax(-1)[..., None] * x[:, None]).sum(-2)
+
+    def router(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.gate(x).softmax(-1)[..., None] * self.experts(x).unflatten(-1, (4, 8))).sum(-2)
+
+    def best(self, x: torch.Tensor) -> torch.Tensor:
+        best = self.gate(x).topk(2)
+        outputs = self.experts(x).unflatten(-1, (4, 8)).gather(2, best.indices[..., None].expand(-1, -1, -1, 8))
+        return (best.values.softmax(-1)[..., None] * outputs).sum(-2)
+
+    def pooling(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.score(x).softmax(1) * x).sum(1)
+
+    def similarity(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ x.mT).softmax(-1)
+
+    def classifier(self, x: torch.Tensor) -> torch.Tensor:
+        return self.label(self.attention(x)).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("part", "verdicts"),
+    [
+        ("attention", ["attention"]),
+        ("attention_by_sums", ["attention"]),
+        ("router", ["other"]),
+        ("best", ["other"]),
+        ("pooling", ["learned"]),
+        ("similarity", ["other"]),
+        ("classifier", ["attention", "other"]),
+    ],
+)
+def test_the_witness_tells_attention_from_other_softmaxes(part: str, verdicts: list[str]) -> None:
+    model, x = Mixed().eval(), torch.randn(2, 5, 8)
+    with AttentionWitness(model).given([x]) as witness, torch.no_grad():
+        getattr(model, part)(x)
+    assert sorted(seen.verdict for seen in witness.seen) == verdicts
+    assert all(seen.lines[0].startswith(__file__) for seen in witness.seen)
+
+
 def test_a_softmax_that_reaches_no_output_is_told_from_one_that_does() -> None:
     x = torch.randn(2, 5, 8)
 
@@ -164,11 +222,23 @@ def test_inputs_differ_between_the_two_sizes() -> None:
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    site = {"path": "layers.0.attention"}
+    site = {"path": "layers.0.attention", "source": "m.py:2"}
     path = Path(True, [site, site], [(f"it is {NOT_ATTENTION[0]}", "m.py:1")])
     made = Outcome("causal:a", "eager", executed=3, export=path).json()
     made["export"].update(changes)
     return made
+
+
+def test_a_site_without_attention_and_an_attention_called_none_are_seen() -> None:
+    outcome = Outcome("causal:a", "eager", executed=3, attention=2, verdicts={"attention m.py:1": 2, "other m.py:2": 1})
+    site = {"path": "a", "source": "m.py:1"}
+    path = Path(True, [site, site], [(f"it is {NOT_ATTENTION[0]}", "m.py:2")])
+    judge_lines(outcome, path)
+    assert (path.false, path.denied) == ([], [])
+    path = Path(True, [site | {"source": "m.py:2"}], [(f"it is {NOT_ATTENTION[0]}", "m.py:1")] * 2)
+    judge_lines(outcome, path)
+    assert path.false == ["m.py:2 (1)"]
+    assert path.denied == ["2 denied, 1 were no attention (1)"]
 
 
 def test_the_table_adds_up_and_names_what_is_missing() -> None:
@@ -177,8 +247,12 @@ def test_the_table_adds_up_and_names_what_is_missing() -> None:
     row = rows([record(refusals=[])])[0]
     assert row.silent == 1
     assert "silently missed" in row.causes
-    row = rows([record(sites=[{"path": "layers.0.mlp.router"}, {"path": "b"}], wrong=["output 0: error 1"])])[0]
-    assert (row.false, row.wrong) == (1, 1)
+    row = rows(
+        [record(false=["m.py:1 (2)"], denied=["2 denied, 1 were no attention (1)"], wrong=["output 0: error 1"])]
+    )[0]
+    assert (row.false, row.denied, row.wrong) == (2, 1, 1)
+    row = rows([record(original=["size 1, padding none: it is fixed"])])[0]
+    assert (row.bound, row.wrong, row.recognised) == (1, 0, 2)
     text = markdown([record(), {"name": "causal:b", "not_built": "ImportError: pillow"}])
     assert "2 architectures, 1 built" in text
     assert "pillow: causal:b" in text

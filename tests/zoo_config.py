@@ -96,6 +96,8 @@ def _small_values(kind: type[PreTrainedConfig], kept: str, given: dict[str, Any]
         small = _kept(kept, default) if re.search(kept, name) else _small(name, default, used)
         if small is not default:
             values[name] = small
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no shared heads
     for name, spec in (kind.sub_configs_defaults or {}).items():
         inner = spec.config_class
         if inner is AutoConfig:

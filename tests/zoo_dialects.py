@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from softmax_counter import short
 from torch import nn
 from torch.export import Dim
 from zoo import call
+from zoo_inductor import fused_in_graph
 
 from subquad.backend import rewrite_dynamo_graph
 from subquad.capture import capture
@@ -30,6 +32,7 @@ def site_words(site: Site) -> dict[str, Any]:
     return {
         "path": site.path, "scale": site.scale, "mask": _INPUT.sub(r"\1", site.mask.family), "heads": site.heads, "kv_heads": site.kv_heads,
         "head_dim": site.head_dim, "biases": len(site.biases), "softcap": site.softcap, "sinks": site.sinks is not None,
+        "source": short(site.source),
     }  # fmt: skip
 
 
@@ -38,30 +41,45 @@ def refusal_words(report: Report) -> list[tuple[str, str]]:
     return [(r.reason, short(r.source)) for r in report.refusals if r.what in ("softmax", "attention") and r.source]
 
 
-def through_dynamo(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Site], list[tuple[str, str]], int, Any]:
-    """Sites, refusals and number of graphs of the model under torch.compile, and its output with `fuse` applied.
-
-    Every graph that Dynamo makes is rewritten and then run as it is, without a compiler behind it.
+@dataclass
+class Compiled:
+    """What a model shows under torch.compile: sites, refusals, number of graphs, its output with `fuse` applied, and how
+    many attentions Inductor's patterns fuse in the same graphs (None when it was not asked or failed).
     """
-    sites: list[Site] = []
-    refusals: list[tuple[str, str]] = []
-    graphs = 0
+
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
+    graphs: int = 0
+    fused: int | None = None
+    output: Any = None
+
+
+def through_dynamo(model: nn.Module, inputs: dict[str, Any], count: bool = False) -> Compiled:
+    """The model under torch.compile: every graph that Dynamo makes is rewritten and run as it is, without a compiler.
+
+    count: give Inductor's patterns the same graphs, as they were.
+    """
+    found = Compiled(fused=0 if count else None)
 
     def backend(graph: torch.fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
+        found.graphs += 1
+        if found.fused is not None:
+            try:
+                found.fused += fused_in_graph(graph, example)
+            except Exception:
+                found.fused = None
         rewritten, report = rewrite_dynamo_graph(graph, example, parse_passes("fuse"))
-        sites.extend(report.sites)
-        refusals.extend(refusal_words(report))
+        found.sites.extend(report.sites)
+        found.refusals.extend(refusal_words(report))
         return rewritten.forward
 
     torch._dynamo.reset()
     try:
         with torch.no_grad():
-            output = call(torch.compile(model, backend=backend), inputs)
+            found.output = call(torch.compile(model, backend=backend), inputs)
     finally:
         torch._dynamo.reset()
-    return sites, refusals, graphs, output
+    return found
 
 
 def through_core_aten(
@@ -85,10 +103,11 @@ def _symbolic(tensor: torch.Tensor) -> dict[int, Any]:
     return dict.fromkeys((0,) if tensor.is_floating_point() else (0, 1), Dim.AUTO)
 
 
-def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[str]:
+def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], whole: bool = True) -> list[str]:
     """How two lists of site words differ, in order; equal lists give none.
 
-    Paths are compared by what stands in front of a call suffix, masks by family, numbers to six digits.
+    Paths are compared by what stands in front of a call suffix, masks by family, numbers to six digits.  whole: False for
+    sites of a forward in several graphs, of which one may get a mask that another made, and only as a tensor.
     """
     if len(one) != len(other):
         count = Counter(_plain(s["path"]) for s in one)
@@ -97,7 +116,8 @@ def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) 
         return [f"{len(one)} sites against {len(other)}: {', '.join(odd[:3])}"]
     found = []
     for a, b in zip(one, other, strict=True):
-        odd = [f"{key} {a[key]} ≠ {b[key]}" for key in a if key != "path" and not _equal(a[key], b[key])]
+        skipped = ("path", "source") if whole else ("path", "source", "mask", "biases")
+        odd = [f"{key} {a[key]} ≠ {b[key]}" for key in a if key not in skipped and not _equal(a[key], b[key])]
         if odd:
             found.append(f"{a['path']}: {', '.join(odd)}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,14 +28,27 @@ def _fuse(graph: torch.fx.GraphModule, example: Any) -> Any:
     return run
 
 
-def fused_by_inductor(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """The counter `fuse_attention` after Inductor's pattern matcher has seen every graph of the model's forward."""
-    torch._dynamo.reset()
-    counters.clear()
+def fused_in_graph(graph: torch.fx.GraphModule, example: Any) -> int:
+    """The counter `fuse_attention` after Inductor's patterns have seen one of Dynamo's graphs, which stays as it is."""
+    before = int(counters["inductor"]["fuse_attention"])
     backend = aot_autograd(fw_compiler=_fuse, inference_compiler=_fuse, decompositions=select_decomp_table())
+    backend(copy.deepcopy(graph), example)
+    return int(counters["inductor"]["fuse_attention"]) - before
+
+
+def fused_by_inductor(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """The attentions that Inductor's patterns fuse in all graphs of the model's forward."""
+    found = 0
+
+    def count(graph: torch.fx.GraphModule, example: Any) -> Any:
+        nonlocal found
+        found += fused_in_graph(graph, example)
+        return graph.forward
+
+    torch._dynamo.reset()
     try:
         with torch.no_grad():
-            call(torch.compile(model, backend=backend), inputs)
-        return int(counters["inductor"]["fuse_attention"])
+            call(torch.compile(model, backend=count), inputs)
+        return found
     finally:
         torch._dynamo.reset()

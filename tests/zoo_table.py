@@ -10,8 +10,11 @@ from typing import Any
 
 NOT_ATTENTION = ("a router, pooling or classifier",)
 """Phrases of the refusals that say that a softmax is no attention at all."""
-NO_SITE = re.compile(r"router|gate\b|\.gate|pool|classif|expert|mixture", re.IGNORECASE)
-"""Modules in which no attention can be; a site there is a false match."""
+
+
+def is_no_attention(reason: str) -> bool:
+    """True for a refusal that says that the softmax is no attention at all."""
+    return any(phrase in reason for phrase in NOT_ATTENTION)
 
 
 @dataclass
@@ -20,8 +23,9 @@ class Row:
 
     architectures: how many were tried this way.  executed: softmaxes and attention calls at run time.  The executed ones
     are recognised, no attention at all (routers and the like), refused, dead (they reach no output), silently missed, or in an architecture that
-    failed before recognition.  wrong, unused, odd, false: architectures with a broken contract, with a rewritten forward that was
-    not used or raised, with other sites than export's, and with a site in a module that has none.
+    failed before recognition.  wrong, unused, odd, bound: architectures with a broken contract, with a rewritten forward that
+    raised, with other sites than export's, and with one that holds for a part of the sizes tried.  false, denied: sites
+    whose softmax was no attention when it ran, and refusals that call one no attention which was.
     """
 
     name: str
@@ -37,7 +41,9 @@ class Row:
     wrong: int = 0
     unused: int = 0
     odd: int = 0
+    bound: int = 0
     false: int = 0
+    denied: int = 0
     causes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -58,12 +64,12 @@ class Row:
             self.failed_architectures += 1
             self.causes[f"failed in {path['stage']}: {gist(path['failed'])}"].append(name)
             return
-        routers = sum(any(phrase in reason for phrase in NOT_ATTENTION) for reason, _ in path["refusals"])
+        routers = sum(is_no_attention(reason) for reason, _ in path["refusals"])
         self.recognised += len(sites)
         self.routers += routers
         self.refused += len(path["refusals"]) - routers
         for reason, _ in path["refusals"]:
-            kind = "no attention" if any(phrase in reason for phrase in NOT_ATTENTION) else "refused"
+            kind = "no attention" if is_no_attention(reason) else "refused"
             _append(self.causes[f"{kind}: {gist(reason)}"], name)
         missed = executed - len(sites) - len(path["refusals"])
         dead = min(record["unread"], max(0, missed))
@@ -81,9 +87,16 @@ class Row:
         if path["failed"]:
             self.unused += 1
             self.causes[f"rewritten, then failed in {path['stage']}: {gist(path['failed'])}"].append(name)
-        if any(NO_SITE.search(site["path"]) for site in sites):
-            self.false += 1
-            self.causes["site in a module without attention"].append(name)
+        if path["original"]:
+            self.bound += 1
+            self.causes[f"holds for a part of the sizes: {gist(path['original'][0].partition(': ')[2])}"].append(name)
+        for label, title in (
+            ("false", "no attention when it ran, but a site"),
+            ("denied", "attention, but called none"),
+        ):
+            for line in path[label]:
+                setattr(self, label, getattr(self, label) + int(line.rpartition("(")[2][:-1]))
+                self.causes[title].append(f"{name} ({line})")
 
 
 def gist(message: str) -> str:
@@ -94,12 +107,13 @@ def gist(message: str) -> str:
 
 
 def rows(records: Iterable[dict[str, Any]]) -> list[Row]:
-    """One row per spelling through export, one for Dynamo, one for core ATen."""
+    """One row per spelling through export and through Dynamo, one for core ATen."""
     ran = [r for r in records if r.get("executed")]
     ways: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
         ("export, eager", "export", lambda r: r["spelling"] == "eager"),
         ("export, sdpa", "export", lambda r: r["spelling"] == "sdpa"),
-        ("Dynamo", "dynamo", lambda r: True),
+        ("Dynamo, eager", "dynamo", lambda r: r["spelling"] == "eager"),
+        ("Dynamo, sdpa", "dynamo", lambda r: r["spelling"] == "sdpa"),
         ("core ATen", "core", lambda r: True),
     ]
     table = []
@@ -117,14 +131,14 @@ def markdown(records: list[dict[str, Any]]) -> str:
     table = rows(records)
     lines = [
         "| way | architectures | executed | no attention | reach no output | recognised | refused | silent | failed before (architectures) "
-        "| contract broken | rewritten forward failed | other sites than export | false matches |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| contract broken | rewritten forward failed | holds for a part of the sizes | other sites than export | false matches | called no attention |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in table:
         share = f" ({100 * r.recognised / r.attention:.1f} %)" if r.attention else ""
         lines.append(
             f"| {r.name} | {r.architectures} | {r.executed} | {r.routers} | {r.dead} | {r.recognised}{share} | {r.refused} | {r.silent} "
-            f"| {r.failed} ({r.failed_architectures}) | {r.wrong} | {r.unused} | {r.odd} | {r.false} |"
+            f"| {r.failed} ({r.failed_architectures}) | {r.wrong} | {r.unused} | {r.bound} | {r.odd} | {r.false} | {r.denied} |"
         )
     lines += ["", *_totals(records), ""]
     for r in table:
