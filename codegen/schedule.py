@@ -62,7 +62,8 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         "step": blocks * state + 4 * 16 * tile,
     }
     found = counts.get(part, 0)
-    return 2 * found + 8 * rows if channel and found else found
+    found = 2 * found + 8 * rows if channel and found else found
+    return 2 * found if parts.spec.dtype == "float32" else found
 
 
 def recurrence_schedule(spec: KernelSpec) -> Schedule:
@@ -75,10 +76,11 @@ def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
     """Schedules worth measuring, the model's choice first.
 
     Bytes of states between chunks fall with the chunk, operations within chunks grow with it (F V / C against C (F + V)
-    per token), so that chunks near sqrt(F V) are best; two-level decays double the work within a chunk and get half.
+    per token), so that chunks near sqrt(F V) are best; two-level decays double the work within a chunk and fp32 operands the
+    registers, so that both get half.
     """
     parts = Parts(replace(spec, part="states"))
-    longest = 32 if parts.decay == "channel" else 64
+    longest = 32 if parts.decay == "channel" or spec.dtype == "float32" else 64
     sizes = [
         size
         for size in (64, 32, 16)
@@ -123,7 +125,7 @@ def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
         }
         tiles = {"forward": 2, "grad_queries": 3, "grad_keys": 3}.get(spec.part, 0) * block_q * block_kv
         tiles += 2 * block_q * block_kv * (("bias" in spec.flags) + bool(spec.tables))
-        wide = 1.5 if spec.dtype == "float32" else 1.0
+        wide = 2.5 if spec.dtype == "float32" else 1.0
         loads = (block_q * key + block_kv * (key + value)) // 2
         if (kept.get(spec.part, 0) + tiles + loads) * wide <= SOFTMAX_REGISTERS * 32 * warps:
             found.append(Schedule(block_q, block_kv, warps))

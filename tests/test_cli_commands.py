@@ -208,12 +208,14 @@ def test_emit(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pytest.importorskip("triton")
     done = subquad("emit", exact, "-d", tmp_path / "k", "--target", "cuda:90", "--json")
     assert done.returncode == 0, done.stderr
-    (kernel,) = json.loads(done.stdout)["kernels"]
-    assert kernel["sites"] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    built = kernel["builds"]["cuda:90"]
-    assert (tmp_path / "k" / built["binary"]).stat().st_size > 0
-    assert built["shared_bytes"] <= built["limit_bytes"]
-    assert "@triton.jit" in (tmp_path / "k" / kernel["source"]).read_text()
+    kernels = json.loads(done.stdout)["kernels"]
+    assert {kernel["part"] for kernel in kernels} == {"forward", "merge", "grad_queries", "grad_keys"}
+    for kernel in kernels:
+        assert kernel["sites"] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+        built = kernel["builds"]["cuda:90"]
+        assert (tmp_path / "k" / built["binary"]).stat().st_size > 0
+        assert built["shared_bytes"] <= built["limit_bytes"]
+        assert "@triton.jit" in (tmp_path / "k" / kernel["source"]).read_text()
     assert "did you mean 'cuda:90'?" in one_sentence(
         here(capsys, "emit", exact, "-d", tmp_path / "j", "--target", "cuda:91")
     )

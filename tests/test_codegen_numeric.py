@@ -99,7 +99,7 @@ def test_kernels_equal_the_reference_in_fp32(tmp_path):
 
 
 def test_kernels_equal_the_reference_in_fp16(tmp_path):
-    check([case | {"grad": False} for case in (QUICK[0], QUICK[4], QUICK[8])], "float16", tmp_path)
+    check([case | {"grad": False} for case in (QUICK[4], QUICK[8])], "float16", tmp_path)
 
 
 @pytest.mark.slow
