@@ -7,6 +7,9 @@
 #include <memory>
 
 #include <omp.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 namespace {
@@ -18,8 +21,8 @@ constexpr int LANES = 8, REGISTERS = 16;
 #else
 constexpr int LANES = 4, REGISTERS = 32;
 #endif
-constexpr int MOST = 4;                   // rows summed in one pass over a weight row
-constexpr int64_t AHEAD = 768;            // bytes between the weights in use and those fetched
+constexpr int MOST = REGISTERS / 8;       // rows summed in one pass over a block of weight rows
+constexpr int TALL = 4;                   // weight rows in a block; a block stays in the caches while all rows pass over it
 constexpr int64_t SHARES = 8;             // shares of the weight that a thread takes one after another
 constexpr int64_t SERIAL = 32 * 1024;     // weights below which a second thread costs more than it brings
 
@@ -59,33 +62,6 @@ inline To read(const From* from) {
   return result;
 }
 
-// 2 * LANES weights as two vectors: the first and the second half of them.
-inline void load(const float* from, Floats& first, Floats& second) {
-  first = read<Floats>(from);
-  second = read<Floats>(from + LANES);
-}
-
-// 2 * LANES weights as two vectors: those at even and those at odd places, since a shift and a mask widen them so.
-inline void load(const BFloat16* from, Floats& even, Floats& odd) {
-  Words both = read<Words>(from), low = both << 16, high = both & 0xffff0000u;
-  even = read<Floats>(&low);
-  odd = read<Floats>(&high);
-}
-
-// A row x [in] in fp32, in the order in which `load` gives weights.
-inline void arrange(const float* x, float* wide, int64_t in) { std::memcpy(wide, x, in * sizeof(float)); }
-
-inline void arrange(const BFloat16* x, float* wide, int64_t in) {
-  int64_t i = 0;
-  for (; i + 2 * LANES <= in; i += 2 * LANES) {
-    Floats even, odd;
-    load(x + i, even, odd);
-    std::memcpy(wide + i, &even, sizeof even);
-    std::memcpy(wide + i + LANES, &odd, sizeof odd);
-  }
-  for (; i < in; i++) wide[i] = widen(x[i]);
-}
-
 inline float sum(Floats values) {
   const float* from = reinterpret_cast<const float*>(&values);
   Four all = read<Four>(from);
@@ -94,64 +70,122 @@ inline float sum(Floats values) {
   return (all[0] + all[2]) + (all[1] + all[3]);
 }
 
-// Sums of ROWS arranged rows x [ROWS, in] with one weight row [in].
-template <int ROWS, typename T>
-inline void dot(const T* weight, const float* x, int64_t in, float* result) {
-  constexpr int PAIRS = 4 * ROWS <= REGISTERS / 2 ? 2 : 1, BLOCK = 2 * LANES, STRIDE = PAIRS * BLOCK;
-  Floats partial[ROWS][2 * PAIRS] = {};
-  int64_t i = 0;
-  auto add = [&](int64_t at, int pair) {
-    Floats first, second;
-    load(weight + at, first, second);
-    for (int row = 0; row < ROWS; row++) {
-      partial[row][2 * pair] += first * read<Floats>(x + row * in + at);
-      partial[row][2 * pair + 1] += second * read<Floats>(x + row * in + at + LANES);
-    }
-  };
-  for (; i + STRIDE <= in; i += STRIDE) {
-    // A weight is used once a token: fetched so that it does not push what is used again out of the caches.
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + AHEAD, 0, 0);
-    if (STRIDE * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + AHEAD + 64, 0, 0);
-    for (int pair = 0; pair < PAIRS; pair++) add(i + pair * BLOCK, pair);
-  }
-  for (; i + BLOCK <= in; i += BLOCK) add(i, 0);
-#pragma GCC unroll 4
-  for (int row = 0; row < ROWS; row++) {
-    Floats all = partial[row][0] + partial[row][1];
-    if (PAIRS == 2) all += partial[row][2 * PAIRS - 2] + partial[row][2 * PAIRS - 1];
-    result[row] = sum(all);
-  }
-  for (; i < in; i++)
-    for (int row = 0; row < ROWS; row++) result[row] += widen(weight[i]) * x[row * in + i];
+// How STEP weights and STEP numbers of a row meet: a row is kept as X, both are read into vectors and added to a sum in fp32.
+template <typename T>
+struct Form;
+
+// Vectors of two halves: what lies at the even and at the odd places, or first and last, whichever reads fastest.
+struct Halves {
+  Floats one, two;
+};
+
+inline void add(Floats& total, const Halves& weight, const Halves& x) {
+  total += weight.one * x.one;
+  total += weight.two * x.two;
 }
 
-template <typename T>
-void dots(const T* weight, const float* x, int64_t rows, int64_t in, float* result) {
+template <>
+struct Form<float> {
+  typedef float X;
+  static constexpr int STEP = 2 * LANES;
+  static Halves read_weight(const float* from) { return {read<Floats>(from), read<Floats>(from + LANES)}; }
+  static Halves read_row(const X* from) { return read_weight(from); }
+  static void arrange(const float* x, X* to) { std::memcpy(to, x, STEP * sizeof(X)); }
+};
+
+#if defined(__AVX512BF16__)
+// One instruction multiplies pairs of bf16 and adds them to fp32.
+inline void add(Floats& total, __m512i weight, __m512i x) {
+  __m512 sums = _mm512_dpbf16_ps(reinterpret_cast<__m512&>(total), (__m512bh)weight, (__m512bh)x);
+  std::memcpy(&total, &sums, sizeof sums);
+}
+
+template <>
+struct Form<BFloat16> {
+  typedef BFloat16 X;
+  static constexpr int STEP = 2 * LANES;
+  static __m512i read_weight(const BFloat16* from) { return _mm512_loadu_si512(from); }
+  static __m512i read_row(const X* from) { return _mm512_loadu_si512(from); }
+  static void arrange(const BFloat16* x, X* to) { std::memcpy(to, x, STEP * sizeof(X)); }
+};
+#else
+template <>
+struct Form<BFloat16> {
+  typedef float X;
+  static constexpr int STEP = 2 * LANES;
+  static Halves read_weight(const BFloat16* from) {
+    Words both = read<Words>(from), low = both << 16, high = both & 0xffff0000u;
+    return {read<Floats>(&low), read<Floats>(&high)};
+  }
+  static Halves read_row(const X* from) { return {read<Floats>(from), read<Floats>(from + LANES)}; }
+  static void arrange(const BFloat16* x, X* to) {
+    Halves both = read_weight(x);
+    std::memcpy(to, &both, sizeof both);
+  }
+};
+#endif
+
+// Sums [ROWS, COLUMNS] of arranged rows x [ROWS, in] with the weight rows [COLUMNS, in], over the whole steps of `in`.
+// Weights are read in the order of memory by fetching the block behind this one.
+template <int ROWS, int COLUMNS, typename T>
+inline void block(const T* weight, const typename Form<T>::X* x, int64_t in, float (*result)[TALL]) {
+  constexpr int STEP = Form<T>::STEP, LINES = COLUMNS * STEP * sizeof(T) / 64;
+  Floats total[ROWS][COLUMNS] = {};
+  const char* next = reinterpret_cast<const char*>(weight + COLUMNS * in);
+  for (int64_t i = 0; i + STEP <= in; i += STEP, next += LINES * 64) {
+#pragma GCC unroll 16
+    for (int line = 0; line < LINES; line++) __builtin_prefetch(next + line * 64);
+#pragma GCC unroll 8
+    for (int column = 0; column < COLUMNS; column++) {
+      auto weights = Form<T>::read_weight(weight + column * in + i);
+#pragma GCC unroll 8
+      for (int row = 0; row < ROWS; row++) add(total[row][column], weights, Form<T>::read_row(x + row * in + i));
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 8
+    for (int column = 0; column < COLUMNS; column++) result[row][column] = sum(total[row][column]);
+}
+
+template <int COLUMNS, typename T>
+void blocks(const T* weight, const typename Form<T>::X* x, int64_t rows, int64_t in, float (*result)[TALL]) {
   int64_t row = 0;
-  for (; row + MOST <= rows; row += MOST) dot<MOST>(weight, x + row * in, in, result + row);
+  for (; row + MOST <= rows; row += MOST) block<MOST, COLUMNS>(weight, x + row * in, in, result + row);
   switch (rows - row) {
-    case 3: return dot<3>(weight, x + row * in, in, result + row);
-    case 2: return dot<2>(weight, x + row * in, in, result + row);
-    case 1: return dot<1>(weight, x + row * in, in, result + row);
+    case 3: return block<3, COLUMNS>(weight, x + row * in, in, result + row);
+    case 2: return block<2, COLUMNS>(weight, x + row * in, in, result + row);
+    case 1: return block<1, COLUMNS>(weight, x + row * in, in, result + row);
   }
 }
 
 // x [rows, in] (rows stride apart), weight [out, in], bias [out] or null, y [rows, out].
 template <typename T>
 void linear(const T* x, int64_t stride, const T* weight, const T* bias, T* y, int64_t rows, int64_t in, int64_t out) {
-  std::unique_ptr<float[]> wide(new float[rows * in]);
-  for (int64_t row = 0; row < rows; row++) arrange(x + row * stride, wide.get() + row * in, in);
-  const float* shared = wide.get();
+  typedef typename Form<T>::X X;
+  const int64_t whole = in - in % Form<T>::STEP;
+  std::unique_ptr<X[]> arranged(new X[rows * in]);
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i < whole; i += Form<T>::STEP) Form<T>::arrange(x + row * stride + i, arranged.get() + row * in + i);
+  const X* shared = arranged.get();
   std::atomic<int64_t> next{0};
 #pragma omp parallel if (in * out > SERIAL)
   {
-    int64_t share = std::max<int64_t>(out / (SHARES * omp_get_num_threads()), 1);
-    std::unique_ptr<float[]> sums(new float[rows]);
+    int64_t share = std::max<int64_t>(out / (SHARES * omp_get_num_threads()) / TALL, 1) * TALL;
+    std::unique_ptr<float[][TALL]> sums(new float[rows][TALL]);
     for (int64_t first = next.fetch_add(share); first < out; first = next.fetch_add(share)) {
-      for (int64_t o = first; o < std::min(first + share, out); o++) {
-        dots(weight + o * in, shared, rows, in, sums.get());
+      for (int64_t o = first; o < std::min(first + share, out);) {
+        int64_t columns = o + TALL <= out ? TALL : 1;
+        if (columns == TALL) blocks<TALL>(weight + o * in, shared, rows, in, sums.get());
+        else blocks<1>(weight + o * in, shared, rows, in, sums.get());
         for (int64_t row = 0; row < rows; row++)
-          narrow(sums[row] + (bias ? widen(bias[o]) : 0.0f), y[row * out + o]);
+          for (int64_t column = 0; column < columns; column++) {
+            const T* weights = weight + (o + column) * in;
+            float total = sums[row][column];
+            for (int64_t i = whole; i < in; i++) total += widen(weights[i]) * widen(x[row * stride + i]);
+            narrow(total + (bias ? widen(bias[o + column]) : 0.0f), y[row * out + o + column]);
+          }
+        o += columns;
       }
     }
   }
