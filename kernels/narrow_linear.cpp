@@ -21,8 +21,8 @@ constexpr int LANES = 8, REGISTERS = 16;
 #else
 constexpr int LANES = 4, REGISTERS = 32;
 #endif
-constexpr int MOST = REGISTERS / 8;       // rows summed in one pass over a block of weight rows
-constexpr int TALL = 4;                   // weight rows in a block; a block stays in the caches while all rows pass over it
+constexpr int MOST = REGISTERS / 4;       // rows summed in one pass over a block of weight rows
+constexpr int TALL = 2;                   // weight rows in a block that more than TALL rows pass over; it stays in the caches
 constexpr int64_t SHARES = 8;             // shares of the weight that a thread takes one after another
 constexpr int64_t SERIAL = 32 * 1024;     // weights below which a second thread costs more than it brings
 
@@ -54,6 +54,10 @@ inline void narrow(float value, BFloat16& result) {
     result.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 }
+
+struct alignas(64) Line {
+  char bytes[64];
+};
 
 template <typename To, typename From>
 inline To read(const From* from) {
@@ -96,8 +100,7 @@ struct Form<float> {
 #if defined(__AVX512BF16__)
 // One instruction multiplies pairs of bf16 and adds them to fp32.
 inline void add(Floats& total, __m512i weight, __m512i x) {
-  __m512 sums = _mm512_dpbf16_ps(reinterpret_cast<__m512&>(total), (__m512bh)weight, (__m512bh)x);
-  std::memcpy(&total, &sums, sizeof sums);
+  total = (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)weight, (__m512bh)x);
 }
 
 template <>
@@ -125,69 +128,79 @@ struct Form<BFloat16> {
 };
 #endif
 
-// Sums [ROWS, COLUMNS] of arranged rows x [ROWS, in] with the weight rows [COLUMNS, in], over the whole steps of `in`.
-// Weights are read in the order of memory by fetching the block behind this one.
-template <int ROWS, int COLUMNS, typename T>
-inline void block(const T* weight, const typename Form<T>::X* x, int64_t in, float (*result)[TALL]) {
-  constexpr int STEP = Form<T>::STEP, LINES = COLUMNS * STEP * sizeof(T) / 64;
-  Floats total[ROWS][COLUMNS] = {};
-  const char* next = reinterpret_cast<const char*>(weight + COLUMNS * in);
-  for (int64_t i = 0; i + STEP <= in; i += STEP, next += LINES * 64) {
-#pragma GCC unroll 16
-    for (int line = 0; line < LINES; line++) __builtin_prefetch(next + line * 64);
-#pragma GCC unroll 8
-    for (int column = 0; column < COLUMNS; column++) {
-      auto weights = Form<T>::read_weight(weight + column * in + i);
-#pragma GCC unroll 8
-      for (int row = 0; row < ROWS; row++) add(total[row][column], weights, Form<T>::read_row(x + row * in + i));
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < ROWS; row++)
-#pragma GCC unroll 8
-    for (int column = 0; column < COLUMNS; column++) result[row][column] = sum(total[row][column]);
-}
-
-template <int COLUMNS, typename T>
-void blocks(const T* weight, const typename Form<T>::X* x, int64_t rows, int64_t in, float (*result)[TALL]) {
-  int64_t row = 0;
-  for (; row + MOST <= rows; row += MOST) block<MOST, COLUMNS>(weight, x + row * in, in, result + row);
-  switch (rows - row) {
-    case 3: return block<3, COLUMNS>(weight, x + row * in, in, result + row);
-    case 2: return block<2, COLUMNS>(weight, x + row * in, in, result + row);
-    case 1: return block<1, COLUMNS>(weight, x + row * in, in, result + row);
-  }
-}
-
 // x [rows, in] (rows stride apart), weight [out, in], bias [out] or null, y [rows, out].
+// arranged: x over the first `whole` of its numbers, which fill whole steps.
+template <typename T>
+struct Product {
+  const T* x;
+  int64_t stride;
+  const T *weight, *bias;
+  T* y;
+  int64_t rows, in, out, whole;
+  const typename Form<T>::X* arranged;
+
+  // y at [row .. row + ROWS, column .. column + COLUMNS].
+  // One weight row is a stream that the processor follows by itself; of more, the block behind this one is fetched.
+  template <int ROWS, int COLUMNS>
+  void block(int64_t row, int64_t column) const {
+    constexpr int STEP = Form<T>::STEP, LINES = COLUMNS > 1 ? COLUMNS * STEP * sizeof(T) / 64 : 0;
+    Floats total[ROWS][COLUMNS] = {};
+    const T* from = weight + column * in;
+    const auto* numbers = arranged + row * whole;
+    const char* next = reinterpret_cast<const char*>(from + COLUMNS * in);
+    for (int64_t i = 0; i < whole; i += STEP, next += LINES * 64) {
+#pragma GCC unroll 8
+      for (int line = 0; line < LINES; line++) __builtin_prefetch(next + line * 64);
+      decltype(Form<T>::read_weight(from)) weights[COLUMNS];
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) weights[c] = Form<T>::read_weight(from + c * in + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        auto step = Form<T>::read_row(numbers + r * whole + i);
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) add(total[r][c], weights[c], step);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) {
+        float result = sum(total[r][c]);
+        for (int64_t i = whole; i < in; i++) result += widen(from[c * in + i]) * widen(x[(row + r) * stride + i]);
+        narrow(result + (bias ? widen(bias[column + c]) : 0.0f), y[(row + r) * out + column + c]);
+      }
+  }
+
+  template <int ROWS, int COLUMNS>
+  void blocks(int64_t row, int64_t column) const {
+    for (; row + ROWS <= rows; row += ROWS) block<ROWS, COLUMNS>(row, column);
+    if constexpr (ROWS > 1)
+      if (row < rows) blocks<ROWS / 2, COLUMNS>(row, column);
+  }
+
+  void columns(int64_t first, int64_t last) const {
+    if (rows > TALL)
+      for (; first + TALL <= last; first += TALL) blocks<MOST, TALL>(0, first);
+    for (; first < last; first++) blocks<MOST, 1>(0, first);
+  }
+};
+
 template <typename T>
 void linear(const T* x, int64_t stride, const T* weight, const T* bias, T* y, int64_t rows, int64_t in, int64_t out) {
   typedef typename Form<T>::X X;
-  const int64_t whole = in - in % Form<T>::STEP;
-  std::unique_ptr<X[]> arranged(new X[rows * in]);
+  constexpr int64_t STEP = Form<T>::STEP;
+  const int64_t whole = in - in % STEP;
+  std::unique_ptr<Line[]> lines(new Line[rows * whole * sizeof(X) / sizeof(Line) + 1]);
+  X* arranged = reinterpret_cast<X*>(lines.get());
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = 0; i < whole; i += Form<T>::STEP) Form<T>::arrange(x + row * stride + i, arranged.get() + row * in + i);
-  const X* shared = arranged.get();
+    for (int64_t i = 0; i < whole; i += STEP) Form<T>::arrange(x + row * stride + i, arranged + row * whole + i);
+  const Product<T> product{x, stride, weight, bias, y, rows, in, out, whole, arranged};
   std::atomic<int64_t> next{0};
 #pragma omp parallel if (in * out > SERIAL)
   {
     int64_t share = std::max<int64_t>(out / (SHARES * omp_get_num_threads()) / TALL, 1) * TALL;
-    std::unique_ptr<float[][TALL]> sums(new float[rows][TALL]);
-    for (int64_t first = next.fetch_add(share); first < out; first = next.fetch_add(share)) {
-      for (int64_t o = first; o < std::min(first + share, out);) {
-        int64_t columns = o + TALL <= out ? TALL : 1;
-        if (columns == TALL) blocks<TALL>(weight + o * in, shared, rows, in, sums.get());
-        else blocks<1>(weight + o * in, shared, rows, in, sums.get());
-        for (int64_t row = 0; row < rows; row++)
-          for (int64_t column = 0; column < columns; column++) {
-            const T* weights = weight + (o + column) * in;
-            float total = sums[row][column];
-            for (int64_t i = whole; i < in; i++) total += widen(weights[i]) * widen(x[row * stride + i]);
-            narrow(total + (bias ? widen(bias[o + column]) : 0.0f), y[row * out + o + column]);
-          }
-        o += columns;
-      }
-    }
+    for (int64_t first = next.fetch_add(share); first < out; first = next.fetch_add(share))
+      product.columns(first, std::min(first + share, out));
   }
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +23,8 @@ Node = torch.fx.Node
 VIEWS = {"unsqueeze", "expand", "permute", "transpose", "slice", "squeeze", "t"}
 
 
-def cut(module: torch.fx.GraphModule, shared: Sequence[str]) -> Schedule:
-    """Cut a step graph whose placeholders are `shared` and then states named `<name>_<site>`.
+def cut(module: torch.fx.GraphModule) -> Schedule:
+    """Cut a step graph whose placeholders are shared inputs and then states named `<name>_<site>`.
 
     Returns a Schedule: one entry program from the shared inputs to the stream and the side values, then calls of programs
     stream → stream; the calls behind the last attention site are its tail, which may run on fewer tokens.
@@ -34,7 +33,7 @@ def cut(module: torch.fx.GraphModule, shared: Sequence[str]) -> Schedule:
     main = _main_nodes(graph)
     cuts = _cut_points(graph, main)
     if not cuts:
-        return _whole(module, shared)
+        return _whole(module)
     pieces = [_Piece(module, main, start, end) for start, end in itertools.pairwise(cuts)]
     groups = _grouped([piece.key for piece in pieces], [bool(piece.states) for piece in pieces])
     if len(groups) > 1 and not any(piece.states for piece in pieces[: groups[0][1]]):
@@ -58,9 +57,9 @@ def cut(module: torch.fx.GraphModule, shared: Sequence[str]) -> Schedule:
     return Schedule(entry, calls, tuple(str(n.target) for n in raw), tail)
 
 
-def _whole(module: torch.fx.GraphModule, shared: Sequence[str]) -> Schedule:
+def _whole(module: torch.fx.GraphModule) -> Schedule:
     """No cut was found: the graph is one program, called with the ids as its stream."""
-    raw = [n for n in module.graph.nodes if n.op == "placeholder" and n.target in shared]
+    raw = [n for n in module.graph.nodes if n.op == "placeholder" and not _is_state(n)]
     main = {n for n in module.graph.nodes if n.op == "call_function"}
     piece = _Piece(module, main, raw[0], next(iter(reversed(module.graph.nodes))).args[0][0])
     entry = _entry(module, raw[0], [])
@@ -197,8 +196,8 @@ def _entry(module: torch.fx.GraphModule, first: Node, sides: list[Node]) -> Prog
     mapping: dict[Node, Node] = {}
     names = []
     needed = ancestors([first, *sides])
-    for node in module.graph.nodes:
-        if node.op == "placeholder" and not _is_state(node):
+    for node in needed:
+        if node.op == "placeholder":
             mapping[node] = graph.placeholder(str(node.target))
     for node in needed:
         if node.op == "get_attr":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from subquad.runtime.pacing import MOST, MeasuredPacing, Pacing
 from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
 from subquad.runtime.speculation import Ending, Pass, speculate
-from subquad.runtime.state import DecoderState
+from subquad.runtime.state import DecoderState, select
 
 Report = Callable[[int, int], None]
 
@@ -75,9 +75,47 @@ class Decoder:
         """Logits [B, w or 1, vocabulary] of w more tokens ids [B, w]; the state moves on."""
         return self.engine.run(state, ids, None, last_only)
 
-    def rollback(self, state: DecoderState, n: int) -> None:
-        """Take back the last n tokens of every row."""
+    def verify(
+        self, ids: Tensor, state: DecoderState, parents: Tensor | None = None, *, skip: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, w, vocabulary] behind every node of a draft, and the residual stream [B, w, ...] before the final norm.
+
+        ids: int64 [B, w].  parents: int64 [w] or [B, w]; parents[i] < i is the node before node i, -1 hangs it on what is
+        committed; None for chains.  A row with fewer nodes is padded with any id and parent -1.  Nothing is committed, and
+        the next call forgets what was not.  skip: numbers of blocks (0 .. blocks - 1) left out, for drafts of the model's own.
+        Raises GenerationError for trees where `trees` is False, and when the nodes do not fit the position table.
+        """
+        return self.engine.verify(state, ids, parents, skip)
+
+    def commit(self, state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
+        """Keep, of what was verified, the nodes of each row's path from its root on; rows may keep different numbers, or none.
+
+        Raises GenerationError when nothing is pending or a path is none.
+        """
+        self.engine.commit(state, paths)
+
+    def rollback(self, state: DecoderState, n: int | Sequence[int]) -> None:
+        """Take back the last n tokens of every row, or n[b] of row b, and forget what is pending."""
         self.engine.rollback(state, n)
+
+    def select(self, state: DecoderState, rows: Sequence[int]) -> DecoderState:
+        """A new state of these rows in this order; rows may be left out and repeated."""
+        return select(state, rows)
+
+    @property
+    def trees(self) -> bool:
+        """True when drafts may be trees; a model with recurrent states verifies chains only."""
+        return self.programs.layout.trees
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a row that the model's position table allows, None without limit."""
+        return self.programs.layout.limit
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that `verify` can skip."""
+        return self.engine.blocks
 
     def generate(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 128,

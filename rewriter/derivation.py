@@ -14,11 +14,11 @@ from subquad.ir.graph import attribute as attribute_of
 from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
 from subquad.locality import prove_locality
 from subquad.runtime.layout import DecoderLayout, SiteState
-from subquad.step_graph import STREAM, StepGraph
+from subquad.step_graph import PROMPT_INPUTS, STEP_INPUTS, STREAM, StepGraph, sweep
+from subquad.step_sites import PromptSites, StepSites, state_names
 from subquad.token_axis import Locality, operator_arguments, refuse
 
 Node = torch.fx.Node
-RECURRENT = ("state", "window_k", "window_v", "seen")
 
 
 def derive(module: torch.fx.GraphModule) -> StepGraph:
@@ -40,7 +40,7 @@ def derive(module: torch.fx.GraphModule) -> StepGraph:
     parts = [_build(module, proof, logits, live, sites, tables, sums, first) for first in (False, True)]
     layout = DecoderLayout(
         history, tuple(str(n.target) for n in proof.inputs), tuple(_site_state(n) for n in sites),
-        len(tables), tuple(proof.axes[n].axis for n in sums), _limit(module, proof, live),
+        len(tables), tuple(_past_axis(proof, n) for n in sums), _limit(module, proof, live),
     )  # fmt: skip
     return StepGraph(parts[0], parts[1], layout)
 
@@ -145,6 +145,14 @@ def _tables(sites: list[Node], proof: Locality) -> list[Node]:
     return list(found)
 
 
+def _past_axis(proof: Locality, node: Node) -> int:
+    """The token axis of a running sum: [B, T, ...] or [T, ...]."""
+    axis = proof.axes[node].axis
+    if axis > 1:
+        refuse(node, "a running sum over the tokens lies on an axis behind the second.")
+    return axis
+
+
 def _history(
     module: torch.fx.GraphModule, proof: Locality, tables: list[Node], sums: list[Node]
 ) -> torch.fx.GraphModule | None:
@@ -194,22 +202,20 @@ def _build(
     module: torch.fx.GraphModule, proof: Locality, logits: Node, live: set[Node], sites: list[Node], tables: list[Node],
     sums: list[Node], first: bool,
 ) -> torch.fx.GraphModule:  # fmt: skip
-    """The step graph; `first` when nothing came before."""
+    """The graph of a prompt (`first`), whose rows are rows, or that of a step, whose rows are strung to one."""
     graph = torch.fx.Graph()
     mapping: dict[Node, Node] = {n: graph.placeholder(str(n.target)) for n in proof.inputs}
     ids = next(iter(mapping.values()))
-    columns, slots = graph.placeholder("columns"), graph.placeholder("slots")
+    names = PROMPT_INPUTS if first else STEP_INPUTS
+    shared = {name: graph.placeholder(name) for name in names}
     table_nodes = {t: graph.placeholder(f"table_{n}") for n, t in enumerate(tables)}
     for n, node in enumerate(sums):
         mapping[node] = graph.placeholder(f"past_{n}")
-    states: list[list[Node]] = []
-    for n, site in enumerate(sites):
-        names = ("k", "v") if site.target is torch.ops.subquad.softmax_attention.default else RECURRENT
-        states.append([graph.placeholder(f"{name}_{n}") for name in names])
+    states = [[graph.placeholder(f"{name}_{n}") for name in state_names(site)] for n, site in enumerate(sites)]
     batch = graph.call_function(torch.ops.aten.sym_size.int, (ids, 0))
     width = graph.call_function(torch.ops.aten.sym_size.int, (ids, 1))
-    length = graph.call_function(torch.ops.aten.sym_size.int, (slots, 0))
     batch_symbols = set().union(*(_symbols(value_of(n).shape[0]) for n in proof.inputs))
+    writer = PromptSites(graph, shared) if first else StepSites(graph, shared, proof.axes, width)
     fresh: list[Node] = []
     for node in module.graph.nodes:
         if node not in live or node in mapping:
@@ -221,13 +227,15 @@ def _build(
             mapping[node] = batch
         elif node in sites:
             n = sites.index(node)
-            mapping[node] = _site(graph, node, mapping, table_nodes, states[n], (columns, batch, width, length), first)
+            mapping[node] = writer.site(node, mapping, table_nodes, states[n])
             if len(states[n]) == 4:
                 fresh += [graph.call_function(operator.getitem, (mapping[node], i)) for i in range(1, 5)]
+        elif node.target is operator.getitem and node.args[0] in sites:
+            mapping[node] = writer.output(mapping[node.args[0]], node.args[1])
         elif _name(node) == "arange" and node in proof.axes:
-            mapping[node] = _positions(graph, node, columns)
+            mapping[node] = _positions(graph, node, shared["columns"])
         elif _name(node) == "slice" and node in proof.axes and node.args[0] not in proof.axes:
-            mapping[node] = _table_rows(graph, node, mapping, columns)
+            mapping[node] = _table_rows(graph, node, mapping, shared["columns"])
         elif _is_identity(node):
             mapping[node] = mapping[node.args[0]]
         else:
@@ -238,7 +246,7 @@ def _build(
         if _is_stream(node, proof, batch_symbols):
             mapping[node].meta[STREAM] = True
     graph.output((mapping[logits], *fresh))
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _name(n) == "index_copy_")
+    sweep(graph)
     return _module(module, graph)
 
 
@@ -260,27 +268,6 @@ def _is_stream(node: Node, proof: Locality, batch_symbols: set[Any]) -> bool:
         return False
     plain = axis.axis == 1 and axis.outer == 1 and axis.inner == 1 and value.dim() >= 3
     return plain and bool(_symbols(value.shape[0]) & batch_symbols)
-
-
-def _site(
-    graph: torch.fx.Graph, node: Node, mapping: dict[Node, Node], tables: dict[Node, Node], state: list[Node],
-    sizes: tuple[Node, Node, Node, Node], first: bool,
-) -> Node:  # fmt: skip
-    columns, batch, width, length = sizes
-    over_history = tables if len(state) == 2 else {}
-    named = dict(torch.fx.node.map_arg(operator_arguments(node), lambda n: over_history.get(n, mapping.get(n))))
-    if len(state) == 4:
-        named |= dict(zip(RECURRENT, state, strict=True))
-        return graph.call_function(node.target, tuple(named[a.name] for a in node.target._schema.arguments))  # type: ignore[union-attr]
-    new = (named["k"][0], named["v"][0])
-    for buffer, value, name in zip(state, new, ("k", "v"), strict=True):
-        written = graph.call_function(torch.ops.aten.index_copy_.default, (buffer, 1, columns, value))
-        if not first:
-            named[name] = [graph.call_function(torch.ops.aten.slice.Tensor, (written, 1, 0, length))]
-    if not first:
-        row = graph.call_function(torch.ops.aten.unsqueeze.default, (columns, 0))
-        named["q_positions"] = graph.call_function(torch.ops.aten.expand.default, (row, [batch, width]))
-    return graph.call_function(node.target, tuple(named[a.name] for a in node.target._schema.arguments))  # type: ignore[union-attr]
 
 
 def _positions(graph: torch.fx.Graph, node: Node, columns: Node) -> Node:

@@ -58,7 +58,7 @@ def divided(graph: StepGraph, tensors: dict[str, Tensor]) -> tuple[DecoderProgra
     _narrow(step.graph.nodes)
     _narrow(next(iter(reversed(first.graph.nodes))).args[0][:1])  # type: ignore[index]
     graphs = {"one": one_token_graph(step), "step": step, "first": first}
-    return DecoderPrograms(graph.layout, {name: cut(g, graph.layout.shared) for name, g in graphs.items()}), packing
+    return DecoderPrograms(graph.layout, {name: cut(g) for name, g in graphs.items()}), packing
 
 
 def _narrow(nodes: Iterable[torch.fx.Node]) -> None:

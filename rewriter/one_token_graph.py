@@ -9,6 +9,7 @@ import torch.fx
 
 from subquad.kernels.spec import SoftmaxSpec
 from subquad.runtime import one_token
+from subquad.step_graph import sweep
 from subquad.token_axis import operator_arguments
 
 Node = torch.fx.Node
@@ -24,15 +25,35 @@ def one_token_graph(step: torch.fx.GraphModule) -> torch.fx.GraphModule:
         new.meta = dict(old.meta)
     inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
     masks: dict[tuple[object, ...], Node] = {}
+    for size in list(inputs["queries"].users):
+        if size.target is torch.ops.aten.sym_size.int:
+            size.replace_all_uses_with(1)  # type: ignore[arg-type]
     for node in list(graph.nodes):
         if node.target is torch.ops.subquad.recurrence.default:
-            node.target = one_token.recur
+            _recurrence(node, inputs["real"])
         elif node.target is torch.ops.subquad.softmax_attention.default:
             _attention(graph, node, inputs, masks)
-    graph.eliminate_dead_code(
-        lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default
-    )
+        elif node.target is torch.ops.aten.index_put_.default:
+            _write(graph, node)
+    sweep(graph)
     return torch.fx.GraphModule(step, graph)
+
+
+def _write(graph: torch.fx.Graph, node: Node) -> None:
+    """One slot of one row is written."""
+    buffer, index, new = node.args
+    _, places = index  # type: ignore[misc]
+    with graph.inserting_before(node):
+        row = graph.call_function(torch.ops.aten.unsqueeze.default, (new, 0))
+    node.target, node.args = torch.ops.aten.index_copy_.default, (buffer, 1, places, row)
+
+
+def _recurrence(node: Node, real: Node) -> None:
+    """The traceable form; the token is real unless the model's own padding says no."""
+    named = operator_arguments(node)
+    valid = named["valid"]
+    named["valid"] = None if valid is real else valid.args[1]
+    node.target, node.args = one_token.recur, tuple(named.values())
 
 
 def _attention(
@@ -43,11 +64,14 @@ def _attention(
     mask = SoftmaxSpec.parse(named["spec"]).mask
     if mask is None or _reads_head(mask) or any(user.args[1] != 0 for user in node.users):
         return
-    key = (mask, *named["operands"], *named["scalars"])
+    tree = f" & t{len(named['operands']) - 1}[b, i, j]"
+    assert mask.endswith(tree)
+    mask, tables = mask.removesuffix(tree), named["operands"][:-1]
+    key = (mask, *tables, *named["scalars"])
     with graph.inserting_before(node):
         if key not in masks:
             masks[key] = graph.call_function(
-                one_token.visible_keys, (inputs["columns"], inputs["slots"], named["operands"], named["scalars"], mask)
+                one_token.visible_keys, (inputs["columns"], inputs["keys"], tables, named["scalars"], mask)
             )
         out = graph.call_function(
             one_token.attend, (named["q"], named["k"][0], named["v"][0], masks[key], named["sinks"], named["spec"])

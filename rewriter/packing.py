@@ -9,6 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from subquad.step_graph import sweep
 from subquad.weight_storage import Packing
 
 Node = torch.fx.Node
@@ -68,9 +69,7 @@ def fuse_projections(module: torch.fx.GraphModule, groups: Groups) -> None:
                 node.replace_all_uses_with(piece)
         for node in nodes:
             graph.erase_node(node)
-    graph.eliminate_dead_code(
-        lambda n: n.op in ("placeholder", "output") or n.target is torch.ops.aten.index_copy_.default
-    )
+    sweep(graph)
 
 
 def _input(linear: Node) -> Node:

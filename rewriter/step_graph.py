@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.fx
 
 from subquad.runtime.layout import DecoderLayout
 
 STREAM = "stream"
 """Key in a node's meta: the value is [batch, tokens, ...] and the graph may be cut behind it."""
+PROMPT_INPUTS = ("columns",)
+STEP_INPUTS = ("columns", "rows", "places", "queries", "keys", "tree", "real")
+WRITES = (torch.ops.aten.index_copy_.default, torch.ops.aten.index_put_.default)
+"""The operations by which a graph writes to buffers."""
+
+
+def sweep(graph: torch.fx.Graph) -> None:
+    """Remove what nothing reads and what writes nothing."""
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in WRITES)
 
 
 @dataclass
 class StepGraph:
     """The graphs that decode a model; the parameters are the model's own objects.
 
-    step: GraphModule of w tokens after n others; first: the same for n = 0, where attention reads the new keys directly.
-    Placeholders of both, in order: token inputs [B, w] by their names, `columns` int64 [w] (the places n .. n+w-1),
-    `slots` int64 [n+w], `table_i` (history outputs over all columns), `past_i` (history outputs at the w columns), and per
-    site i `k_i`, `v_i`, or `state_i`, `window_k_i`, `window_v_i`, `seen_i`.  They return the logits [B, w, vocabulary] and
-    the new recurrent states; the KV buffers are written in place.
+    first: GraphModule of prompts [B, T] before which nothing came.  Placeholders: token inputs by their names, `columns`
+    int64 [T] (0 .. T-1), `table_i` (history outputs over all columns), `past_i` (running sums at the columns), and per site
+    i `k_i`, `v_i` (buffers [B, capacity, heads, dim]), or `state_i`, `window_k_i`, `window_v_i`, `seen_i`.
+    step: GraphModule of w more tokens of each of B rows that may differ in length.  Outside attention rows and tokens are
+    alike, so that the graph runs on one row of N = B * w tokens: token inputs [1, N], `columns` int64 [N] (the place of a
+    token in its row, which is its position), `rows` and `places` int64 [N] (where its key and value go), `queries` int64
+    [B, w] (the columns by row), `keys` int64 [B, S] (the column that each slot holds), `tree` bool [B, w, S] (the slots that
+    come before a token, itself included), `real` bool [B, w] (False for a token that recurrent states shall not see), tables,
+    pasts [1, N] and states as above.
+    Both return the logits [B, T or 1, N, vocabulary] and the new recurrent states; buffers are written in place.
     """
 
     step: torch.fx.GraphModule

@@ -37,13 +37,13 @@ def captured(model: nn.Module) -> torch.fx.GraphModule:
 @pytest.mark.parametrize("build", [lambda: tiny_llama(5), lambda: HandWrittenDecoder(layers=5).eval()])
 def test_equal_layers_share_one_program(build, passes: str) -> None:
     graph = derive(captured(rewritten(build(), passes)))
-    schedule = cut(graph.step, graph.layout.shared)
+    schedule = cut(graph.step)
     keys = [call.program.key for call in schedule.calls]
     assert len(keys) == 6
     assert len(set(keys[:5])) == 1
     assert schedule.tail == 5
     assert len(schedule.programs()) == 3
-    one = cut(one_token_graph(graph.step), graph.layout.shared)
+    one = cut(one_token_graph(graph.step))
     assert len(one.programs()) == 3
 
 
@@ -54,7 +54,7 @@ def test_a_layer_with_another_constant_is_another_program() -> None:
     counts = []
     for one in (plain, model):
         graph = derive(captured(rewritten(one)))
-        counts.append(len(cut(graph.step, graph.layout.shared).programs()))
+        counts.append(len(cut(graph.step).programs()))
     assert counts[1] > counts[0] == 3
 
 

@@ -1,24 +1,37 @@
-"""Run a decoder's programs over a state: prefill, steps of any width, rollback."""
+"""Run a decoder's programs over a state: prompts, steps, drafts that are verified and committed, rollback."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from subquad.ir.errors import GenerationError
 from subquad.runtime.layout import DecoderLayout
+from subquad.runtime.pass_inputs import StepInputs, lag, next_tokens, prompt_inputs
 from subquad.runtime.schedule import Runner, Schedule
-from subquad.runtime.state import DecoderState, cut_back, new_state, remember, reserve
+from subquad.runtime.state import DecoderState, Pending, Recurrence, commit, cut_back, new_state, remember, reserve
+
+
+class SharedInputs(Protocol):
+    """Values by placeholder name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The value of one placeholder."""
 
 
 @dataclass(frozen=True)
 class Executor:
-    """A schedule with a runner and the weight tensors of each of its programs; immutable once made."""
+    """A schedule with a runner and the weight tensors of each of its programs; immutable once made.
+
+    reads: names of the shared inputs that the entry takes.
+    """
 
     schedule: Schedule
+    reads: tuple[str, ...]
     entry: Runner
     entry_weights: tuple[Tensor, ...]
     calls: tuple[tuple[Runner, tuple[int, ...], tuple[Tensor, ...], tuple[str, ...], int], ...]
@@ -35,7 +48,8 @@ def executor(
         for c in schedule.calls
     )
     entry = schedule.entry
-    return Executor(schedule, found[entry.key], tuple(weights[name] for name in entry.weights), calls)
+    reads = tuple(str(n.target) for n in entry.graph.find_nodes(op="placeholder"))[: entry.counts[0]]
+    return Executor(schedule, reads, found[entry.key], tuple(weights[name] for name in entry.weights), calls)
 
 
 class DecodeEngine:
@@ -58,89 +72,154 @@ class DecodeEngine:
 
         Raises GenerationError when the ids do not fit the state or the model's position table.
         """
+        with torch.inference_mode():
+            self._admit(state, ids, mask)
+            if state.length == 0:
+                return self._prompt(state, ids, last_only)
+            logits = self._step(state, ids, None, last_only)
+            commit(state, [range(ids.shape[1])] * state.batch)
+            return logits
+
+    def verify(
+        self, state: DecoderState, ids: Tensor, parents: Tensor | None = None, skip: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, w, vocabulary] and stream [B, w, ...] behind the last attention, of nodes ids [B, w]; all are pending.
+
+        parents: int64 [w] or [B, w], the node before each node (smaller than its own number) or -1 where it follows what is
+        committed; None for chains.  skip: numbers of the blocks (see `blocks`) that are left out.
+        Raises GenerationError for trees in a model that can run chains only, and as `run` does.
+        """
+        with torch.inference_mode():
+            if parents is not None and not self.layout.trees:
+                raise GenerationError("the model has recurrent states, so that only chains of tokens can be verified.")
+            self._admit(state, ids, None)
+            streams: list[Tensor] = []
+            logits = self._step(state, ids, parents, False, skip, streams)
+            return logits, streams[0]
+
+    def commit(self, state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
+        """Keep of the pending nodes those of each row's path, the root first; see `runtime.state.commit`."""
+        with torch.inference_mode():
+            commit(state, paths)
+
+    def rollback(self, state: DecoderState, columns: int | Sequence[int]) -> None:
+        """Take back the last `columns` tokens of every row, or of each; recurrent states catch up in the next pass."""
+        with torch.inference_mode():
+            cut_back(self.layout, state, [columns] * state.batch if isinstance(columns, int) else columns)
+
+    @property
+    def blocks(self) -> int:
+        """Parts of the network, one after another on the residual stream, that `verify` can leave out."""
+        return self.eager["step"].schedule.tail
+
+    def probe(self, chosen: Executor, state: DecoderState, ids: Tensor, before: int) -> Tensor:
+        """Run one pass of an executor as if `before` tokens had come before; the state is of no use afterwards."""
+        if before == 0:
+            return _execute(chosen, prompt_inputs(self.layout, state, ids), self.layout, state, ids.shape, False)
+        state.lengths = [before] * state.batch
+        state.recurrence = state.recurrence._replace(columns=tuple(state.lengths))
+        inputs = StepInputs(self.layout, state, next_tokens(state, ids, None))
+        return _execute(chosen, inputs, self.layout, state, ids.shape, False)
+
+    def _admit(self, state: DecoderState, ids: Tensor, mask: Tensor | None) -> None:
+        """Make room for tokens, and write them where they stay when all are kept.  Raises GenerationError."""
         batch, width = ids.shape
-        before, total = state.length, state.length + width
+        total, names = state.length + width, self.layout.inputs
         if batch != state.batch or width == 0:
             raise GenerationError(f"a step of shape {list(ids.shape)} does not fit a state of {state.batch} rows.")
         if self.layout.limit is not None and total > self.layout.limit:
             raise GenerationError(
                 f"{total} tokens were asked of a model whose position table has {self.layout.limit} rows."
             )
-        with torch.inference_mode():
-            reserve(state, total)
-            remember(state)
-            self._write(state, ids, mask, before, total)
-            shared = self._shared(state, before, total)
-            chosen = self._chosen(before, batch * width)
-            logits = _execute(chosen, shared, _named_states(self.layout, state), state, last_only)
-            state.length = total
-        return logits
-
-    def _chosen(self, before: int, rows: int) -> Executor:
-        for one in self.layout.classes:
-            if one.name in self.compiled and one.covers(before, rows):
-                return self.compiled[one.name]
-        return self.eager["step" if before else "first"]
-
-    def probe(self, chosen: Executor, state: DecoderState, ids: Tensor, before: int) -> Tensor:
-        """Run one step of an executor as if `before` tokens had come before; the state is of no use afterwards."""
-        total = before + ids.shape[1]
-        self._write(state, ids, None, before, total)
-        shared = self._shared(state, before, total)
-        return _execute(chosen, shared, _named_states(self.layout, state), state, False)
-
-    def rollback(self, state: DecoderState, columns: int) -> None:
-        """Take back the last `columns` tokens of every row; recurrent states are recomputed from the nearest checkpoint."""
-        with torch.inference_mode():
-            tokens = dict(state.tokens.items())
-            target = cut_back(self.layout, state, columns)
-            if state.length < target:
-                names = list(self.layout.inputs)
-                ids = tokens[names[0]][:, state.length : target]
-                mask = tokens[names[1]][:, state.length : target] if len(names) > 1 else None
-                self.run(state, ids, mask)
-
-    def _write(self, state: DecoderState, ids: Tensor, mask: Tensor | None, before: int, total: int) -> None:
-        names = self.layout.inputs
-        state.tokens[names[0]][:, before:total] = ids
         if mask is not None and len(names) == 1 and not bool((mask != 0).all()):
             raise GenerationError(
                 "the model takes no attention mask, so padded rows cannot be decoded; give rows of one length."
             )
-        for name in names[1:]:
-            state.tokens[name][:, before:total] = 1 if mask is None else mask
+        cut_back(self.layout, state, [0] * batch)
+        reserve(state, total + width + lag(state))
+        for name, value in zip(names, (ids, 1 if mask is None else mask), strict=False):
+            if len(set(state.lengths)) == 1:
+                state.tokens[name][:, state.lengths[0] : total] = value
+            else:
+                starts = torch.tensor(state.lengths, device=state.device)[:, None]
+                values = torch.as_tensor(value, device=state.device).expand(batch, width)
+                state.tokens[name].scatter_(1, starts + state.arange[:width], values)
 
-    def _shared(self, state: DecoderState, before: int, total: int) -> dict[str, Tensor]:
-        shared = {name: state.tokens[name][:, before:total] for name in self.layout.inputs}
-        shared["columns"], shared["slots"] = state.arange[before:total], state.arange[:total]
-        if self.layout.history is not None:
-            values = self.layout.history(*(state.tokens[name][:, :total] for name in self.layout.inputs))
-            for n in range(self.layout.tables):
-                shared[f"table_{n}"] = values[n].contiguous()
-            for n, axis in enumerate(self.layout.past_axes):
-                shared[f"past_{n}"] = values[self.layout.tables + n].narrow(axis, before, total - before).contiguous()
-        return shared
+    def _prompt(self, state: DecoderState, ids: Tensor, last_only: bool) -> Tensor:
+        remember(state)
+        chosen = self._compiled(0, ids.numel()) or self.eager["first"]
+        shared = prompt_inputs(self.layout, state, ids)
+        logits = _execute(chosen, shared, self.layout, state, ids.shape, last_only)
+        state.lengths = [ids.shape[1]] * state.batch
+        return logits
+
+    def _step(
+        self, state: DecoderState, ids: Tensor, parents: Tensor | None, last_only: bool, skip: Collection[int] = (),
+        streams: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        tokens = next_tokens(state, ids, parents)
+        batch, width = ids.shape
+        remember(state)
+        known = None if parents is None else parents.expand(batch, width).tolist()
+        state.pending = Pending(ids, known, state.recurrence)
+        chosen = self._compiled(1, tokens.ids.numel()) or self.eager["step"]
+        inputs = StepInputs(self.layout, state, tokens)
+        logits = _execute(chosen, inputs, self.layout, state, tokens.ids.shape, last_only, skip, streams)
+        if streams is not None:
+            streams[:] = [streams[0][:, -width:]]
+        return logits[:, -width:]
+
+    def _compiled(self, before: int, rows: int) -> Executor | None:
+        for one in self.layout.classes:
+            if one.name in self.compiled and one.covers(before, rows):
+                return self.compiled[one.name]
+        return None
 
 
 def _execute(
-    chosen: Executor, shared: dict[str, Tensor], tensors: dict[str, Tensor], state: DecoderState, last_only: bool
-) -> Tensor:
-    schedule = chosen.schedule
-    stream, *sides = chosen.entry([*shared.values(), *chosen.entry_weights])
+    chosen: Executor, shared: SharedInputs, layout: DecoderLayout, state: DecoderState, shape: tuple[int, ...],
+    last_only: bool, skip: Collection[int] = (), streams: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Logits [B, w or 1, V] of a pass of this shape [B, w]; the recurrent states become those after it.
+
+    streams: receives the stream [B, w, ...] behind the last attention.
+    """
+    schedule, tensors = chosen.schedule, _named_states(layout, state)
+    stream, *sides = chosen.entry([*(shared[name] for name in chosen.reads), *chosen.entry_weights])
     sides += [shared[name] for name in schedule.raw]
-    fresh: dict[str, Tensor] = {}
+    kept = shape
     for n, (runner, used, weights, names, returned) in enumerate(chosen.calls):
-        if n == schedule.tail and last_only:
-            stream = stream[:, -1:]
+        if n == schedule.tail:
+            if streams is not None:
+                streams.append(_by_row(stream, shape))
+            if last_only:
+                stream, kept = stream[:, shape[1] - 1 :: shape[1]], (shape[0], 1)
+        if n in skip and n < schedule.tail:
+            continue
         outputs = runner([stream, *(sides[i] for i in used), *weights, *(tensors[name] for name in names)])
         stream = outputs[0]
         if returned:
             recurrent = [name for name in names if name[0] in "sw"]
-            fresh.update(zip(_in_order(recurrent), outputs[1:], strict=True))
-    if fresh:
-        sites = sorted({int(name.rpartition("_")[2]) for name in fresh})
-        state.recurrent = [tuple(fresh[f"{kind}_{site}"] for kind in RECURRENT) for site in sites]
+            tensors.update(zip(_in_order(recurrent), outputs[1:], strict=True))
+    _take_recurrent(layout, state, tensors, shape[1])
+    if streams == []:
+        streams.append(_by_row(stream, shape))
+    stream = _by_row(stream, kept)
     return stream[:, -1:] if last_only else stream
+
+
+def _by_row(stream: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A stream [B, w, ...] or [1, B * w, ...] as the first of them."""
+    return stream if stream.shape[:2] == shape else stream[0].unflatten(0, shape)
+
+
+def _take_recurrent(layout: DecoderLayout, state: DecoderState, tensors: Mapping[str, Tensor], width: int) -> None:
+    sites = [n for n, site in enumerate(layout.sites) if site.kind == "recurrent"]
+    if sites:
+        columns = tuple(length + width - lag(state) for length in state.lengths)
+        state.recurrence = Recurrence(
+            columns, tuple(tuple(tensors[f"{kind}_{n}"] for kind in RECURRENT) for n in sites)
+        )
 
 
 RECURRENT = ("state", "window_k", "window_v", "seen")
@@ -153,12 +232,9 @@ def _in_order(names: Sequence[str]) -> list[str]:
 
 def _named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
     """The state tensors by placeholder name."""
-    segment, named, kv, recurrent = state.segments[-1], {}, 0, 0
+    keys, values, recurrent = iter(state.k), iter(state.v), iter(state.recurrence.sites)
+    named: dict[str, Tensor] = {}
     for n, site in enumerate(layout.sites):
-        if site.kind == "kv":
-            named[f"k_{n}"], named[f"v_{n}"] = segment.k[kv], segment.v[kv]
-            kv += 1
-        else:
-            named.update((f"{name}_{n}", t) for name, t in zip(RECURRENT, state.recurrent[recurrent], strict=True))
-            recurrent += 1
+        tensors = (next(keys), next(values)) if site.kind == "kv" else next(recurrent)
+        named.update((f"{name}_{n}", t) for name, t in zip(site.names, tensors, strict=True))
     return named

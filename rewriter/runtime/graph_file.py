@@ -23,8 +23,8 @@ ATEN = frozenset({
     "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "mT", "full", "ones", "zeros",
     "new_ones", "new_zeros", "new_full", "scalar_tensor", "split", "split_with_sizes", "chunk", "unbind", "linear",
     "addmm", "matmul", "mm", "bmm", "unsqueeze", "squeeze", "slice", "arange", "expand", "cat", "select",
-    "embedding", "index", "index_select", "index_copy_", "sym_size", "relu", "gelu", "silu", "softplus", "tanh",
-    "sigmoid", "where", "argmax", "topk", "sort", "max", "min", "var", "logsumexp", "any", "all", "norm",
+    "embedding", "index", "index_select", "index_copy_", "index_put_", "sym_size", "relu", "gelu", "silu", "softplus",
+    "tanh", "sigmoid", "where", "argmax", "topk", "sort", "max", "min", "var", "logsumexp", "any", "all", "norm",
 })  # fmt: skip
 """ATen operations beside the pointwise ones that a stored graph may hold; none touches files, memory or the process."""
 

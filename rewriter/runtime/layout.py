@@ -52,10 +52,10 @@ class DecoderLayout:
     limit: int | None
 
     @property
-    def shared(self) -> tuple[str, ...]:
-        """The placeholders of a step graph that are not state, in order."""
-        tables = tuple(f"table_{n}" for n in range(self.tables))
-        return (*self.inputs, "columns", "slots", *tables, *(f"past_{n}" for n in range(len(self.past_axes))))
+    def trees(self) -> bool:
+        """Whether a pass may run a tree of tokens: states and history must not depend on the tokens before in order."""
+        reads_ids = self.history is not None and bool(next(iter(self.history.graph.nodes)).users)
+        return not reads_ids and all(site.kind == "kv" for site in self.sites)
 
     @functools.cached_property
     def classes(self) -> tuple[WidthClass, ...]:

@@ -15,12 +15,13 @@ from subquad.kernels.visibility import predicate_env, visibility
 FORMS = ("visible_keys", "attend", "recur")
 
 
-def visible_keys(columns: Tensor, slots: Tensor, tables: Sequence[Tensor], scalars: Sequence[int], mask: str) -> Tensor:
-    """Bool [1, 1, 1, N]: which of the keys at `slots` [N] the query at `columns` [1] sees.
+def visible_keys(columns: Tensor, keys: Tensor, tables: Sequence[Tensor], scalars: Sequence[int], mask: str) -> Tensor:
+    """Bool [1, 1, 1, N]: which of `keys` [1, N] the query at `columns` [1] sees.
 
-    Keys sit in slot order from column 0 on, so that the predicate's kv is a counter and its tables are read in order.
+    One row that holds no draft has its keys in slot order from column 0 on, so that the predicate's kv is a counter and
+    its tables are read in order.
     """
-    counter = torch.arange(slots.shape[0], device=slots.device)
+    counter = torch.arange(keys.shape[1], device=keys.device)
     env = predicate_env(mask, 1, 1, columns[None, :], counter[None, None, :], tables, scalars)
     seen = visibility(mask, env, None)
     assert seen is not None

@@ -1,8 +1,10 @@
-"""The state that one decoding call carries: its tokens, growing key/value segments and recurrent states."""
+"""The state that decoding calls carry: tokens, key/value buffers, recurrent states, and the length of every row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +14,62 @@ from subquad.runtime.layout import DecoderLayout, SiteState
 
 GRAIN = 256
 """Buffers grow to a multiple of this many slots, at least by half."""
+CHECKPOINTS = 4
+"""Recurrent states of this many calls are kept; a rollback further than that replays the tokens."""
 
 
-@dataclass
-class Segment:
-    """Keys and values of some tokens for every KV site.
+class Recurrence(NamedTuple):
+    """Recurrent states and the columns of each row that went into them.
 
-    k, v: one [Bs, capacity, Hkv, K|V] per KV site.  rows: int64 [B], the segment row each batch row reads (None: its own).
-    lengths: int64 [B] live slots per row (None: the state's length).  positions: int64 [Bs, capacity], the column each slot
-    holds (None: slot s holds column s).  A chain of tokens is one segment with all three None.
+    sites: per recurrent site (state, window_k, window_v, seen); they are replaced, never written.
     """
 
-    k: list[Tensor]
-    v: list[Tensor]
-    rows: Tensor | None = None
-    lengths: Tensor | None = None
-    positions: Tensor | None = None
+    columns: tuple[int, ...]
+    sites: tuple[tuple[Tensor, ...], ...]
+
+
+class Pending(NamedTuple):
+    """What the last pass ran and nobody has committed yet.
+
+    ids: int64 [B, w].  parents: per row the parent of every node, None for chains.  before: the recurrent states then.
+    """
+
+    ids: Tensor
+    parents: list[list[int]] | None
+    before: Recurrence
 
 
 @dataclass
 class DecoderState:
     """State of one sequence batch; belongs to one caller and is not shared between threads.
 
-    length: columns so far.  tokens: per token input an int64 buffer [B, capacity].  segments: KV of all sites, the last one
-    grows.  recurrent: per recurrent site (state, window_k, window_v, seen).  checkpoints: (length, recurrent) after earlier
-    calls, newest last, for rollback.
+    lengths: columns of each row so far, left padding included.  tokens: per token input an int64 buffer [B, capacity] by
+    column.  pools: keys and values of the KV sites, [sites, B, capacity, Hkv, K|V] for sites of one form; slot s of a row
+    holds column s, and the nodes of a pending tree follow behind the row's length.  k, v: per KV site its part of the
+    pools.  recurrence: it may lag behind the lengths; the next pass then runs the tokens between again.  checkpoints: the
+    recurrence before earlier passes, newest last.
     """
 
-    batch: int
     device: torch.device
+    lengths: list[int]
     tokens: dict[str, Tensor]
-    segments: list[Segment]
-    recurrent: list[tuple[Tensor, ...]]
+    pools: list[Tensor]
+    k: list[Tensor]
+    v: list[Tensor]
+    recurrence: Recurrence
     arange: Tensor
-    length: int = 0
-    checkpoints: list[tuple[int, list[tuple[Tensor, ...]]]] = field(default_factory=list)
+    pending: Pending | None = None
+    checkpoints: list[Recurrence] = field(default_factory=list)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Columns of the longest row."""
+        return max(self.lengths)
 
     @property
     def capacity(self) -> int:
@@ -55,31 +78,41 @@ class DecoderState:
 
     def bytes(self) -> int:
         """Bytes of keys, values and recurrent states that are live now."""
-        kv = sum(
-            t.numel() // max(1, t.shape[1]) * self.length * t.element_size()
-            for s in self.segments
-            for t in (*s.k, *s.v)
+        slot = sum(t[0, 0].numel() * t.element_size() for t in (*self.k, *self.v))
+        return slot * sum(self.lengths) + sum(
+            t.numel() * t.element_size() for site in self.recurrence.sites for t in site
         )
-        return kv + sum(t.numel() * t.element_size() for site in self.recurrent for t in site)
-
-
-CHECKPOINTS = 4
-"""Recurrent states of this many calls are kept; a rollback further than that replays the tokens."""
 
 
 def new_state(layout: DecoderLayout, batch: int, capacity: int, device: torch.device) -> DecoderState:
     """An empty state for `batch` rows with room for `capacity` columns."""
     capacity = max(GRAIN, -(-capacity // GRAIN) * GRAIN)
-    tokens = {name: torch.zeros(batch, capacity, dtype=torch.int64, device=device) for name in layout.inputs}
+    tokens = {
+        name: torch.full((batch, capacity), int(n > 0), dtype=torch.int64, device=device)
+        for n, name in enumerate(layout.inputs)
+    }
     kv = [site for site in layout.sites if site.kind == "kv"]
-    k = [torch.zeros(batch, capacity, s.kv_heads, s.key_dim, dtype=s.dtype, device=device) for s in kv]
-    v = [torch.zeros(batch, capacity, s.kv_heads, s.value_dim, dtype=s.dtype, device=device) for s in kv]
-    recurrent = [empty_recurrence(s, batch, device) for s in layout.sites if s.kind == "recurrent"]
-    return DecoderState(batch, device, tokens, [Segment(k, v)], recurrent, torch.arange(capacity, device=device))
+    forms = [*((s.kv_heads, s.key_dim, s.dtype) for s in kv), *((s.kv_heads, s.value_dim, s.dtype) for s in kv)]
+    pools = {
+        form: torch.zeros(forms.count(form), batch, capacity, *form[:2], dtype=form[2], device=device)
+        for form in dict.fromkeys(forms)
+    }
+    parts = {form: iter(pool) for form, pool in pools.items()}
+    buffers = [next(parts[form]) for form in forms]
+    arange = torch.arange(capacity, device=device)
+    empty = empty_recurrence(layout, batch, device)
+    return DecoderState(
+        device, [0] * batch, tokens, list(pools.values()), buffers[: len(kv)], buffers[len(kv) :], empty, arange
+    )
 
 
-def empty_recurrence(site: SiteState, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The initial (state, window_k, window_v, seen) of a recurrent site."""
+def empty_recurrence(layout: DecoderLayout, batch: int, device: torch.device) -> Recurrence:
+    """The recurrent states before any token."""
+    sites = tuple(_empty(site, batch, device) for site in layout.sites if site.kind == "recurrent")
+    return Recurrence((0,) * batch, sites)
+
+
+def _empty(site: SiteState, batch: int, device: torch.device) -> tuple[Tensor, ...]:
     wide = torch.float64 if site.dtype == torch.float64 else torch.float32
     return (
         torch.zeros(batch, site.heads, site.features, site.value_dim + site.sums, dtype=wide, device=device),
@@ -89,44 +122,110 @@ def empty_recurrence(site: SiteState, batch: int, device: torch.device) -> tuple
     )
 
 
-def reserve(state: DecoderState, columns: int) -> bool:
-    """Grow the buffers so that `columns` columns fit; True when tensors were replaced."""
+def reserve(state: DecoderState, columns: int) -> None:
+    """Grow the buffers so that `columns` columns fit."""
     if columns <= state.capacity:
-        return False
+        return
     capacity = -(-max(columns, state.capacity * 3 // 2) // GRAIN) * GRAIN
     grow = capacity - state.capacity
-    state.tokens = {name: torch.nn.functional.pad(t, (0, grow)) for name, t in state.tokens.items()}
-    last = state.segments[-1]
-    last.k = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, grow)) for t in last.k]
-    last.v = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, grow)) for t in last.v]
+    names = list(state.tokens)
+    state.tokens = {
+        name: torch.nn.functional.pad(t, (0, grow), value=int(name != names[0])) for name, t in state.tokens.items()
+    }
+    _replace(state, [torch.nn.functional.pad(pool, (0, 0, 0, 0, 0, grow)) for pool in state.pools])
     state.arange = torch.arange(capacity, device=state.device)
-    return True
+
+
+def _replace(state: DecoderState, pools: list[Tensor]) -> None:
+    """Put other pools in the place of the state's, site by site."""
+    place = {
+        t.data_ptr(): part
+        for old, new in zip(state.pools, pools, strict=True)
+        for t, part in zip(old, new, strict=True)
+    }
+    state.k, state.v = ([place[t.data_ptr()] for t in side] for side in (state.k, state.v))
+    state.pools = pools
 
 
 def remember(state: DecoderState) -> None:
-    """Keep the recurrent states of now as a checkpoint; they are replaced, never written, by later calls."""
-    if state.recurrent:
-        state.checkpoints.append((state.length, list(state.recurrent)))
+    """Keep the recurrent states of now as a checkpoint."""
+    if state.recurrence.sites:
+        state.checkpoints.append(state.recurrence)
         del state.checkpoints[:-CHECKPOINTS]
 
 
-def cut_back(layout: DecoderLayout, state: DecoderState, columns: int) -> int:
-    """Drop the last `columns` columns as far as the state allows; returns the column from which tokens must be replayed.
+def commit(state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
+    """Keep, of the pending nodes, those of each row's path (root first), and forget the others.
 
-    Raises GenerationError when the state holds fewer columns.
+    Raises GenerationError for nodes that are no path of what is pending.
     """
-    if columns < 0 or columns > state.length:
-        raise GenerationError(f"a rollback of {columns} tokens was asked of a state that holds {state.length}.")
-    target = state.length - columns
-    if not state.recurrent or columns == 0:
-        state.length = target
-        return target
-    while state.checkpoints and state.checkpoints[-1][0] > target:
-        state.checkpoints.pop()
-    if state.checkpoints:
-        state.length, state.recurrent = state.checkpoints[-1][0], list(state.checkpoints[-1][1])
-    else:
-        state.length = 0
-        sites = [s for s in layout.sites if s.kind == "recurrent"]
-        state.recurrent = [empty_recurrence(s, state.batch, state.device) for s in sites]
-    return target
+    pending = state.pending
+    if pending is None:
+        raise GenerationError("nothing is pending: verify a draft before its path is committed.")
+    width = pending.ids.shape[1]
+    if len(paths) != state.batch:
+        raise GenerationError(f"{len(paths)} paths were given for {state.batch} rows.")
+    for row, path in enumerate(paths):
+        parents = range(-1, width - 1) if pending.parents is None else pending.parents[row]
+        known = -1
+        for node in path:
+            if not 0 <= node < width or parents[node] != known:
+                raise GenerationError(f"{list(path)} is no path from the root of the draft of row {row}.")
+            known = node
+    moves = [
+        (row, state.lengths[row] + node, state.lengths[row] + n)
+        for row, path in enumerate(paths)
+        for n, node in enumerate(path)
+        if node != n
+    ]
+    if moves:
+        rows, source, target = torch.tensor(moves, device=state.device).unbind(1)
+        for pool in state.pools:
+            pool[:, rows, target] = pool[:, rows, source]
+    ids = next(iter(state.tokens.values()))
+    for row, path in enumerate(paths):
+        if path:
+            start = state.lengths[row]
+            ids[row, start : start + len(path)] = pending.ids[row, list(path)]
+            state.lengths[row] += len(path)
+    if state.recurrence.columns != tuple(state.lengths):
+        state.recurrence = pending.before
+    state.pending = None
+
+
+def cut_back(layout: DecoderLayout, state: DecoderState, columns: Sequence[int]) -> None:
+    """Drop the last columns[b] columns of each row b, and what is pending.
+
+    Raises GenerationError when a row holds fewer columns.
+    """
+    for taken, length in zip(columns, state.lengths, strict=True):
+        if not 0 <= taken <= length:
+            raise GenerationError(f"a rollback of {taken} tokens was asked of a state that holds {length}.")
+    if state.pending is not None:
+        state.recurrence, state.pending = state.pending.before, None
+    state.lengths = [length - taken for taken, length in zip(columns, state.lengths, strict=True)]
+    while any(done > length for done, length in zip(state.recurrence.columns, state.lengths, strict=True)):
+        state.recurrence = (
+            state.checkpoints.pop() if state.checkpoints else empty_recurrence(layout, state.batch, state.device)
+        )
+
+
+def select(state: DecoderState, rows: Sequence[int]) -> DecoderState:
+    """A state of its own that holds these rows, in this order; a row may be taken more than once."""
+    index = torch.tensor(list(rows), dtype=torch.int64, device=state.device)
+    chosen = DecoderState(
+        state.device,
+        [state.lengths[row] for row in rows],
+        {name: t.index_select(0, index) for name, t in state.tokens.items()},
+        list(state.pools), list(state.k), list(state.v),
+        _selected(state.recurrence, rows, index),
+        state.arange,
+        checkpoints=[_selected(one, rows, index) for one in state.checkpoints],
+    )  # fmt: skip
+    _replace(chosen, [pool.index_select(1, index) for pool in state.pools])
+    return chosen
+
+
+def _selected(recurrence: Recurrence, rows: Sequence[int], index: Tensor) -> Recurrence:
+    sites = tuple(tuple(t.index_select(0, index) for t in site) for site in recurrence.sites)
+    return Recurrence(tuple(recurrence.columns[row] for row in rows), sites)
