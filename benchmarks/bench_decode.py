@@ -137,15 +137,21 @@ from subquad.text_generation import Sampling, open_for_generation, compile_decod
 import torch
 loaded = open_for_generation(sys.argv[1])
 made = decoder_of(loaded.module)
+ready = float("nan")
 if sys.argv[2] == "compiled":
-    made.compile()
+    made.compile(wait=False)
+    while not (made.ready or made.failure):
+        time.sleep(0.01)
+    ready = time.perf_counter() - start
+    while not (made.complete or made.failure):
+        time.sleep(0.01)
 ids = torch.tensor([[int(i) for i in sys.argv[3].split(",")]])
 stream = made.generate(ids, max_new_tokens=16)
 next(stream)
 first = time.perf_counter() - start
 list(stream)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss inherits the parent's
-print(first, int(peak.split()[1]) / 1024)
+print(ready, first, int(peak.split()[1]) / 1024)
 """
 
 
@@ -159,7 +165,8 @@ def first_token(ids: torch.Tensor) -> None:
         subquad.save(subquad.rewrite(model, passes="fuse", verify=False), Path(folder) / "out")
         del model
         numbers = ",".join(map(str, ids[0].tolist()))
-        print("| start | first token (s) | peak memory (MB) | times the weights |\n|---|---|---|---|")
+        print("| start | one-token programs in use (s) | first token (s) | peak memory (MB) | times the weights |")
+        print("|---|---|---|---|---|")
         cache = os.environ | {"XDG_CACHE_HOME": folder}
         starts = {
             "fallback, nothing compiled": "plain",
@@ -169,8 +176,8 @@ def first_token(ids: torch.Tensor) -> None:
         for name, mode in starts.items():
             command = [sys.executable, "-P", "-c", FIRST, str(Path(folder) / "out"), mode, numbers]
             done = subprocess.run(command, env=cache, capture_output=True, text=True, check=True)
-            seconds, peak = map(float, done.stdout.split()[-2:])
-            print(f"| {name} | {seconds:.1f} | {peak:.0f} | {peak / weights:.2f} |")
+            ready, seconds, peak = map(float, done.stdout.split()[-3:])
+            print(f"| {name} | {ready:.1f} | {seconds:.1f} | {peak:.0f} | {peak / weights:.2f} |")
 
 
 def main() -> None:

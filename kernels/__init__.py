@@ -3,14 +3,19 @@
 import sys
 
 if __name__ == "kernels":
-    # The repository root is on sys.path and this folder was taken for PyPI's `kernels`: give way to the real package.
+    # The repository root is on sys.path and this folder was taken for PyPI's `kernels`: give way to the real package, or to
+    # a module without a file, which transformers takes for none.
     from importlib import import_module
     from pathlib import Path
+    from types import ModuleType
 
     _root = Path(__file__).resolve().parent.parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
     del sys.modules["kernels"]
-    import_module("kernels")
+    try:
+        import_module("kernels")
+    except ModuleNotFoundError:
+        sys.modules["kernels"] = ModuleType("kernels")
 else:
     from subquad.kernels.decomposition import decompositions
     from subquad.kernels.evaluation import evaluate
