@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from subquad.compilation import Order, compile_orders
-from subquad.ir.decoding import Choice, Drafter, Stepper
+from subquad.ir.decoding import Choice, Drafter
 from subquad.ir.errors import SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.passes.speculate.greedy import Greedy
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
-from subquad.runtime.chain_stepper import ChainStepper, LockStepper
 from subquad.runtime.chance import seeded
 from subquad.runtime.decode_engine import DecodeEngine, executor
 from subquad.runtime.generation import check_prompt, in_step
@@ -25,6 +24,7 @@ from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
 from subquad.runtime.speculation import Ending, Pass, speculate
 from subquad.runtime.state import DecoderState, select
+from subquad.runtime.tree_stepper import TreeStepper
 
 Report = Callable[[int, int], None]
 
@@ -148,10 +148,9 @@ class Decoder:
         """
         check_prompt(ids, attention_mask, ending.max_new_tokens)
         room = ids.shape[1] + ending.max_new_tokens
-        stepper: Stepper = ChainStepper(self.engine, room) if drafter is not None else LockStepper(self.engine, room)
         plain = Greedy() if choice.greedy else SampleAndDescend()
         return speculate(
-            stepper, ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
+            TreeStepper(self.engine, room), ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
             pacing=pacing if pacing is not None else self._measured(min(most, MOST)),
         )  # fmt: skip
 

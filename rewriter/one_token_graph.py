@@ -42,7 +42,8 @@ def one_token_graph(step: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _write(graph: torch.fx.Graph, node: Node) -> None:
     """One slot of one row is written."""
     buffer, index, new = node.args
-    _, places = index  # type: ignore[misc]
+    assert isinstance(index, (list, tuple))
+    places = index[1]
     with graph.inserting_before(node):
         row = graph.call_function(torch.ops.aten.unsqueeze.default, (new, 0))
     node.target, node.args = torch.ops.aten.index_copy_.default, (buffer, 1, places, row)
