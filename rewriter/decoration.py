@@ -24,11 +24,15 @@ def decorate(target: Any, *, passes: Any, where: str | None, verify: bool) -> An
 
     def decorator(cls: Any) -> Any:
         if isinstance(cls, FunctionType):
-            if passes is not None or where is not None:
-                raise SubquadError(f"{cls.__qualname__} is a function with a loop; passes and patterns are for models.")
             from subquad.loop_decoration import decorate_function
+            from subquad.pass_spec import parse_request
 
-            return decorate_function(cls)
+            sites, loop = ([], None) if passes is None else parse_request(passes)
+            if sites or where is not None:
+                raise SubquadError(
+                    f"{cls.__qualname__} is a function with a loop; patterns, and passes other than speculate, are for models."
+                )
+            return decorate_function(cls, loop)
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise SubquadError(f"@subquad.rewrite decorates nn.Module classes and functions; {cls!r} is neither.")
         original = cls.forward

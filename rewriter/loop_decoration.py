@@ -13,6 +13,7 @@ from torch import nn
 
 from subquad.ir.errors import SubquadError
 from subquad.ir.loop import Loop, Schedule
+from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.loop_recording import recorded_loop, recording
@@ -26,7 +27,8 @@ CACHE, LAST, CHUNKS = "derived cache", "last row only", "prefill in chunks"
 class DecodingFunction:
     """What is known of one decorated function: its reading by model, and the report that its users see."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], speculation: LoopRewrite | None) -> None:
+        self.speculation = speculation
         self.function, self.signature = function, inspect.signature(function)
         self.report = Report()
         self.watched: weakref.ref[nn.Module] | None = None
@@ -45,7 +47,7 @@ class DecodingFunction:
         """The model's record, shared by all calls of the function with it."""
         loops = held(reading.root).loops
         if self not in loops:
-            loops[self] = LoopModel(reading.root, reading.uses, reading.kept)
+            loops[self] = LoopModel(reading.root, reading.uses, reading.kept, speculation=self.speculation)
         model = loops[self]
         assert isinstance(model, LoopModel)
         return model
@@ -89,24 +91,32 @@ def schedules(loop: Loop, model: LoopModel | None) -> tuple[Schedule, ...]:
         Schedule(CACHE, True, "the loop feeds the whole prefix each time; keys and values of earlier tokens are kept"),
         Schedule(LAST, True, "rows of the logits are computed when they are read"),
         Schedule(CHUNKS, True, "a long prompt is run in parts, which bounds its memory"),
+        _drafts(model),
         Schedule(
             "deferred stop check", False, "stops run as they stand; on the CPU a check does not wait for a device"
         ),
     )
 
 
-def decorate_function(function: Callable[..., Any]) -> Callable[..., Any]:
+def _drafts(model: LoopModel | None) -> Schedule:
+    if model is None or model.speculation is None:
+        return Schedule("draft and verify", False, "not asked for: @subquad.rewrite(passes='speculate')")
+    return Schedule("draft and verify", True, f"rows behind drafts of {model.speculation} are computed ahead")
+
+
+def decorate_function(function: Callable[..., Any], speculation: LoopRewrite | None = None) -> Callable[..., Any]:
     """A function with the same signature that runs the same loop with its model's calls answered by a derived decoder.
 
     The loop is read from its source at each call (from a recorded run where there is no source); what is not understood,
-    and what fails a guard, runs as it stands, and `report` on the returned function says why.
+    and what fails a guard, runs as it stands, and `report` on the returned function says why.  speculation: rows of drafted
+    tokens are computed ahead, for batches of one; the loop still chooses every token from its row, in order.
     Raises SubquadError for a coroutine.
     """
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise SubquadError(
             f"@subquad.rewrite cannot decorate the coroutine {function.__qualname__}; decorate what it awaits."
         )
-    known = DecodingFunction(function)
+    known = DecodingFunction(function, speculation)
 
     if inspect.isgeneratorfunction(inspect.unwrap(function)):
 

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
+from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.loop_guards import Broken, checked, deterministic
 from subquad.runtime.lazy_logits import LazyLogits
+from subquad.runtime.lookahead import Lookahead
+from subquad.runtime.pacing import MeasuredPacing, Pacing
 from subquad.runtime.prefix_call import PrefixCall
 from subquad.step_model import StepModel, step_model
 
@@ -32,6 +35,7 @@ class LoopModel:
     uses, kept: how the loop reads the call's result, and where values of the logits leave it (see `Reading`).
     step: the decoder behind the calls, None before the first call.  refused: (guard, sentence) that keeps the original
     loop.  passed: the guards that held, in words.  answered, original: calls by who answered them.
+    speculation: how drafts are made, None for none; pacing: how many of them are run.
     """
 
     root: nn.Module
@@ -45,6 +49,16 @@ class LoopModel:
     answered: int = 0
     original: int = 0
     notes: list[str] = field(default_factory=list)
+    speculation: LoopRewrite | None = None
+    pacing: Pacing | None = None
+
+    def lookahead(self) -> Lookahead | None:
+        """Drafts for one run of the loop, where they were asked for; what the drafter learns stays for later runs."""
+        if self.speculation is None or self.step is None:
+            return None
+        if self.pacing is None:
+            self.pacing = MeasuredPacing(1 + self.speculation.num_speculative_tokens)
+        return Lookahead(self.step.decoder.drafter(self.speculation), self.pacing)
 
     def note(self, sentence: str) -> None:
         """Keep a sentence for the report, once."""
@@ -74,7 +88,7 @@ class LoopRun:
             model.original += 1
             return original(*args, **kwargs)
         if self.prefix is None or self.prefix.engine is not model.step.decoder.engine:
-            self.prefix = PrefixCall(model.step.decoder.engine)
+            self.prefix = PrefixCall(model.step.decoder.engine, model.lookahead())
         if model.compared < COMPARED:
             return self._compared(original, args, kwargs, inputs)
         if model.answered == 0:

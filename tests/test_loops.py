@@ -18,9 +18,13 @@ from loops.case import Case
 import subquad
 from subquad.cli.inspect_printing import loop_fields
 from subquad.generation_loop import generation_loop
+from subquad.ir.decoding import Verified
+from subquad.ir.draft import DraftTree
 from subquad.ir.errors import SubquadError
 from subquad.ir.refusal import Refusal
 from subquad.passes.recognize.loop_function import read_loop
+from subquad.runtime.pacing import FixedPacing
+from subquad.step_model import held
 
 SHARED: dict[Any, Any] = {}
 """Models of loops that must be rewritten: they are captured once."""
@@ -184,7 +188,7 @@ def test_coroutines_and_passes_are_mistakes() -> None:
 
     with pytest.raises(SubquadError, match="coroutine"):
         subquad.rewrite(waits)
-    with pytest.raises(SubquadError, match="passes and patterns are for models"):
+    with pytest.raises(SubquadError, match="other than speculate, are for models"):
         subquad.rewrite(passes="fuse")(scored)
 
 
@@ -250,3 +254,66 @@ def test_generate_is_recognised_in_every_mode(mode: str) -> None:
 
 def test_a_model_that_does_not_generate_has_no_such_loop() -> None:
     assert generation_loop(plain.decoder()) is None
+
+
+SPECULATED = [
+    plain.CASES[0],
+    plain.CASES[2],
+    plain.CASES[3],
+    traps.CASES[0],
+    traps.CASES[2],
+    traps.CASES[6],
+    traps.CASES[10],
+]
+
+
+@pytest.mark.parametrize("method", ["auto", "ngram"])
+@pytest.mark.parametrize("case", SPECULATED, ids=lambda case: case.name)
+def test_drafts_change_neither_tokens_nor_random_numbers(case: Case, method: str, capsys: Any) -> None:
+    model, ids = model_of(case), torch.randint(8, 12, (1, 9))
+    fast = subquad.rewrite(passes=f"speculate(method={method})")(case.function)
+    for _ in range(3):
+        assert same(run(fast, model, ids, case, capsys), run(case.function, copy.deepcopy(model), ids, case, capsys))
+    assert any(s.name == "draft and verify" and s.applies for s in fast.report.loops[0].schedules)
+
+
+class Told:
+    """A drafter that is told the text: it proposes the tokens that will come, or those moved by `off`."""
+
+    acceptance = None
+
+    def __init__(self, text: list[int], off: int) -> None:
+        self.text, self.off, self.length, self.seen = text, off, 0, 0
+
+    def start(self, tokens: Any, choice: Any) -> Told:
+        self.length = len(tokens)
+        return self
+
+    def propose(self, rows: int, depth: int) -> DraftTree:
+        coming = [(t + self.off) % 41 for t in self.text[self.length : self.length + depth]]
+        return DraftTree.chain((self.text[self.length - 1], *coming))
+
+    def observe(self, result: Verified) -> None:
+        self.length += len(result.tokens)
+        self.seen += len(result.tokens) - 1
+
+
+@pytest.mark.parametrize(("off", "passes", "accepted"), [(0, 9, 28), (1, 40, 0)])
+def test_accepted_drafts_save_passes_and_wrong_ones_change_nothing(off: int, passes: int, accepted: int) -> None:
+    model = model_of(traps.CASES[0])
+    fast = subquad.rewrite(passes="speculate(method=ngram)")(traps.unchecked)
+    ids = torch.randint(0, 41, (1, 4))
+    with torch.no_grad():
+        want = traps.unchecked(model, ids)
+        assert torch.equal(fast(model, ids), want)
+        record = [r for r in held(model).loops.values() if r.speculation is not None][-1]
+        decoder, told = record.step.decoder, Told(want[0].tolist(), off)
+        record.pacing, decoder._drafters[record.speculation] = FixedPacing(4), told
+        ran, whole = [], decoder.engine.run
+        decoder.engine.run = lambda *a, **k: (ran.append(a[1].shape[1]), whole(*a, **k))[1]
+        try:
+            assert torch.equal(fast(model, ids), want)
+        finally:
+            del decoder.engine.run, decoder._drafters[record.speculation]
+    assert len(ran) == passes
+    assert told.seen == accepted

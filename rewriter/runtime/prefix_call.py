@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from subquad.runtime.decode_engine import DecodeEngine
+from subquad.runtime.lookahead import Lookahead
 from subquad.runtime.state import DecoderState
 
+ROWS = 16
+"""Most columns of a pass that also runs a draft."""
 CHUNK = 512
 """Columns that are run at once; a longer prompt is prefilled in parts, which bounds the memory of its activations."""
 
@@ -20,8 +23,9 @@ class PrefixCall:
     that grows by a token costs one column, one that is cropped or edited costs what it must.
     """
 
-    def __init__(self, engine: DecodeEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: DecodeEngine, ahead: Lookahead | None = None) -> None:
+        """ahead: where drafts come from; without it one column is run per token."""
+        self.engine, self.ahead = engine, ahead
         self.state: DecoderState | None = None
         self.ids = self.mask = torch.empty(0, 0, dtype=torch.int64)
         self.columns = 0
@@ -32,16 +36,22 @@ class PrefixCall:
 
         Raises GenerationError when the position table has no room.
         """
-        total = index + 1
+        total, last = index + 1, index + 1 == ids.shape[1]
         ids, mask = ids[:, :total], torch.ones_like(ids[:, :total]) if mask is None else mask[:, :total]
         state = self.state
         if state is None or state.batch != ids.shape[0]:
             state = self.state = self.engine.start(ids.shape[0], total + CHUNK)
             self.ids = self.mask = ids[:, :0]
-        kept = min(_shared(self.ids, ids), _shared(self.mask, mask), index)
+        shared = min(_shared(self.ids, ids), _shared(self.mask, mask))
+        ahead = self.ahead if last and ids.shape[0] == 1 and bool((mask != 0).all()) else None
+        if ahead is not None and shared == total and (known := ahead.row(total)) is not None:
+            return known
+        kept = min(shared, index)
         if state.length > kept:
             self.engine.rollback(state, state.length - kept)
         masked = len(self.engine.layout.inputs) > 1
+        if ahead is not None and total - kept <= ROWS and kept > 0:
+            return self._with_drafts(ahead, ids, kept, masked)
         logits = torch.empty(0)
         for start in range(kept, total, CHUNK):
             stop = min(start + CHUNK, total)
@@ -50,6 +60,21 @@ class PrefixCall:
             self.columns += stop - start
         self.ids, self.mask = ids.clone(), mask.clone()
         return logits[:, -1].clone()
+
+    def _with_drafts(self, ahead: Lookahead, ids: Tensor, kept: int, masked: bool) -> Tensor:
+        """The row behind ids [1, T], computed in one pass with the rows of a draft behind them."""
+        assert self.state is not None
+        limit, total = self.engine.layout.limit, ids.shape[1]
+        room = ROWS - (total - kept) if limit is None else min(ROWS - (total - kept), limit - total)
+        drafted = ahead.draft(ids[0].tolist(), max(0, room))
+        fed = torch.cat([ids, torch.tensor([drafted], dtype=ids.dtype, device=ids.device)], 1) if drafted else ids
+        ones = torch.ones_like(fed)
+        logits = self.engine.run(self.state, fed[:, kept:], ones[:, kept:] if masked else None, last_only=not drafted)
+        self.columns += fed.shape[1] - kept
+        self.ids, self.mask = fed.clone(), ones
+        rows = logits[0, -1 - len(drafted) :]
+        ahead.verified(rows)
+        return rows[:1].clone()
 
 
 def _shared(held: Tensor, wanted: Tensor) -> int:

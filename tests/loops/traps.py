@@ -157,6 +157,12 @@ def unknown_chooser(model, ids, count=10, judge: Any = None):
     return ids
 
 
+def unchecked(model, ids, count=40):
+    for _ in range(count):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
 PICKERS = {"best": lambda row: row.argsort(-1)[:, -1:]}
 
 CASES = [
