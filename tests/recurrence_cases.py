@@ -38,9 +38,11 @@ def points():
 
 def draw(
     spec, batch=2, length=21, heads=4, kv_heads=2, width=6, value=5, hidden=3, dtype=torch.float64, padded=False,
-    shared_gates=False, seed=0,
+    shared_gates=False, closed=1.0, seed=0,
 ):  # fmt: skip
-    """Random arguments for `spec`; keys of unit norm for delta, gates per KV head with `shared_gates`."""
+    """Random arguments for `spec`: keys of unit norm for delta, log decays from -closed to 0, per KV head with
+    `shared_gates`.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -58,7 +60,7 @@ def draw(
         "q": normal(batch, length, heads, width),
         "k": k / k.norm(dim=-1, keepdim=True) if spec.update == "delta" else k,
         "v": normal(batch, length, kv_heads, value),
-        "decay": -uniform(*shapes[spec.decay]) if spec.decay in shapes else None,
+        "decay": -closed * uniform(*shapes[spec.decay]) if spec.decay in shapes else None,
         "beta": 2 * uniform(batch, length, gates) if spec.update == "delta" else None,
         "feature_q": [normal(heads, width, hidden)] if "w0" in spec.feature_map[0] else [],
         "feature_k": [normal(heads, width, hidden)] if "w0" in spec.feature_map[0] else [],

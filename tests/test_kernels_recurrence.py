@@ -111,65 +111,6 @@ def test_window_covering_everything_is_softmax_attention_for_any_gate():
     close([recurrence(**arguments)[0]], [wanted.transpose(1, 2)])
 
 
-def test_packed_sequences_equal_separate_calls():
-    arguments = case(1, 20, window=4, sinks=1)
-    arguments["cu_seqlens"] = torch.tensor([0, 7, 8, 20])
-    got = recurrence(**arguments)
-    close(got, recurrence_reference(**arguments))
-    alone = recurrence(**arguments | {name: arguments[name][:, 8:] for name in "qkv"} | {"cu_seqlens": None})
-    close([got[0][:, 8:], got[1][2:]], alone[:2])
-
-
-@pytest.mark.parametrize(
-    ("spec", "decay", "beta"),
-    [
-        ({"decay": "head", "normaliser": "none"}, (4,), False),
-        ({"decay": "token", "normaliser": "rms"}, (2, 20, 4), False),
-        ({"decay": "channel", "update": "delta", "normaliser": "group"}, (2, 20, 4, 6), True),
-        ({"decay": "token", "window": 4, "branch": "convex", "sinks": 1}, (2, 20, 4), False),
-        ({"decay": "head", "window": 4}, (4,), False),
-        ({"causal": False}, None, False),
-    ],
-)
-def test_other_axes_compose_over_calls(spec, decay, beta):
-    arguments = case(**spec)
-    if decay:
-        arguments["decay"] = -torch.rand(decay, dtype=torch.float64)
-    if beta:
-        arguments["beta"] = torch.rand(2, 20, 4, dtype=torch.float64) * 2
-    wanted = recurrence_reference(**arguments)
-    close(recurrence(**arguments), wanted)
-    if spec.get("causal", True):
-        first = {
-            name: value[:, :11]
-            if name in ("q", "k", "v", "decay", "beta") and value is not None and value.dim() > 1
-            else value
-            for name, value in arguments.items()
-        }
-        rest = {
-            name: value[:, 11:]
-            if name in ("q", "k", "v", "decay", "beta") and value is not None and value.dim() > 1
-            else value
-            for name, value in arguments.items()
-        }
-        o, *state = recurrence(**first)
-        o_rest, *state = recurrence(**rest | dict(zip(STATE, state, strict=True)))
-        close([torch.cat([o, o_rest], 1), *state], wanted)
-
-
-def test_delta_rule_stores_orthonormal_keys_exactly():
-    arguments = case(1, 4, 1, 1, 4, 3, feature_map=("x",), update="delta", normaliser="none", scale=1.0)
-    arguments |= {
-        "feature_q": [],
-        "feature_k": [],
-        "window_gate": None,
-        "beta": torch.ones(1, 4, 1, dtype=torch.float64),
-    }
-    arguments["k"] = torch.eye(4, dtype=torch.float64)[None, :, None]
-    _, state, *_ = recurrence(**arguments)
-    torch.testing.assert_close(state[0, 0, :, :3], arguments["v"][0, :, 0])
-
-
 def test_long_half_precision_input_keeps_its_denominator(monkeypatch):
     arguments = case(1, 3000, 2, 1, 8, 8, 8, window=16, sinks=2)
     wanted = recurrence(**arguments)[0]

@@ -31,7 +31,7 @@ def given(spec, **shape):
 
 
 @pytest.mark.parametrize(
-    "spec", points()[::7], ids=lambda spec: f"{spec.decay}-{spec.update}-{spec.window}{spec.branch}"
+    "spec", points()[::13], ids=lambda spec: f"{spec.decay}-{spec.update}-{spec.window}{spec.branch}"
 )
 def test_opcheck(spec):
     arguments = draw(spec, length=9)

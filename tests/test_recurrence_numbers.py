@@ -56,7 +56,10 @@ def test_the_definition_agrees_at_4096_tokens(family):
     close(recurrence(**arguments), recurrence_reference(**arguments))
 
 
-@pytest.mark.parametrize("family", ["token", "channel", "gated delta", "channel delta", "both"])
+@pytest.mark.parametrize(
+    "family",
+    ["channel", "gated delta", *(pytest.param(f, marks=pytest.mark.slow) for f in ("token", "channel delta", "both"))],
+)
 @pytest.mark.parametrize("logits", ["all", "mixed", "resets"])
 def test_closed_gates_neither_overflow_nor_lose_digits(family, logits):
     arguments = case(family, 150)
