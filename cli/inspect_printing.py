@@ -54,6 +54,8 @@ def site_fields(site: dict[str, Any]) -> list[Field]:
     mask, evidence = site["mask"], list(site["evidence"])
     family = mask["family"] if mask.get("family") else mask.get("predicate")
     of_mask = list(mask.get("evidence") or ())
+    if of_mask == ["no mask"] and site["biases"]:
+        of_mask = ["no mask is proved; what an additive bias hides stays in the bias"]
     spelling = [line.removeprefix("read from the graph: ") for line in evidence if line not in of_mask]
     heads = f"{site['heads']} for queries, {site['kv_heads']} for keys and values, width {site['head_dim']}"
     if site["value_dim"] != site["head_dim"]:

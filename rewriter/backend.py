@@ -19,7 +19,7 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes
-from subquad.passes.canonicalize.autocast import without_idle_autocast
+from subquad.passes.canonicalize.autocast import autocast_written_out
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
@@ -140,7 +140,7 @@ def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise CaptureError("the graph runs under autocast, which changes dtypes inside it; convert the model instead.")
     made = vmap_written_out(inlined(flex_written_out(graph), torch.is_grad_enabled()))
-    made = functional(without_idle_autocast(layers_written_out(made)))
+    made = functional(autocast_written_out(layers_written_out(made)))
     if made is graph:
         copied = torch.fx.Graph()
         copied.output(copied.graph_copy(graph.graph, {}))

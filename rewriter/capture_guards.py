@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,13 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.printers import PythonPrinter
 
 from subquad.ir.graph import value_of
+
+NAMES: dict[str, Any] = {
+    "__builtins__": {"min": min, "max": max, "abs": abs, "int": int, "float": float},
+    "math": math,
+    "torch": torch,
+}
+"""What the printed conditions call."""
 
 
 @dataclass
@@ -46,7 +54,7 @@ class Guards:
                 wanted = "×".join("any" if s is None else str(s) for s in sizes)
                 return f"`{name}` is {'×'.join(map(str, shape))}, and the graph was captured for {wanted}"
         for condition, code in zip(self.conditions, self._code, strict=True):
-            if not eval(code, {"__builtins__": {"min": min, "max": max, "abs": abs}}, named):
+            if not eval(code, NAMES, named):
                 return f"the graph was captured for sizes with {condition}"
         if self.values is not None:
             found = self.values(*tensors)

@@ -34,7 +34,7 @@ def emit_site(
     parameters: the tensors of call.parameters, already attributes of `module` under `prefix`.
     """
     emitter = Emitter(module, site.out)
-    q, k, v = (canonical(emitter, operand, site) for operand in (site.q, site.k, site.v))
+    q, k, v = (_wide(emitter, canonical(emitter, operand, site), site) for operand in (site.q, site.k, site.v))
     learned = {
         argument: [emitter.attribute(f"{prefix}.{name}", parameters[name]) for name in names]
         for argument, names in call.parameters.items()
@@ -52,6 +52,14 @@ def emit_site(
     site.out.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
     _let_copy(out)
     return node
+
+
+def _wide(emitter: Emitter, operand: Node, site: Site) -> Node:
+    """The operand in the dtype of the site's result where that holds more digits: operators round to the queries' dtype."""
+    held, wanted = dtype_of(operand), dtype_of(site.out)
+    if held is None or wanted is None or held == wanted or torch.promote_types(held, wanted) != wanted:
+        return operand
+    return emitter.call(torch.ops.aten.to.dtype, operand, wanted)
 
 
 def _let_copy(start: Node) -> None:

@@ -102,13 +102,12 @@ def size(emitter: Emitter, value: Any) -> Any:
 
 _OPERATIONS = {
     sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv, TorchFloorDiv: operator.floordiv,
-    CleanDiv: operator.floordiv, sympy.Mod: operator.mod, TorchMod: operator.mod,
-    PythonMod: operator.mod,
+    CleanDiv: operator.floordiv, sympy.Mod: operator.mod, TorchMod: operator.mod, PythonMod: operator.mod,
 }  # fmt: skip
 
 
 def size_node(emitter: Emitter, expression: sympy.Basic) -> Any:
-    """A number, or a node that holds the value of a size formula, computed from inputs of the graph.
+    """A number, or a node that holds the value of a size formula, computed from inputs or read off an earlier tensor.
 
     Raises ValueError when no input has a size that the formula reads.
     """
@@ -117,7 +116,7 @@ def size_node(emitter: Emitter, expression: sympy.Basic) -> Any:
     if not expression.is_Symbol:
         operation = _OPERATIONS.get(expression.func)
         if operation is None:
-            raise ValueError(f"a size is {expression}, which cannot be computed in the graph")
+            return _held_size(emitter, expression)
         parts = [size_node(emitter, part) for part in expression.args]
         value = parts[0]
         for part in parts[1:]:
@@ -132,3 +131,14 @@ def size_node(emitter: Emitter, expression: sympy.Basic) -> Any:
             if node.op == "placeholder" and isinstance(length, torch.SymInt) and length.node.expr == expression:
                 return emitter.call(aten.sym_size.int, node, axis)
     raise ValueError(f"no input of the graph has the size {expression}")
+
+
+def _held_size(emitter: Emitter, expression: sympy.Basic) -> Node:
+    """A node that holds a size which some tensor before the place of emission has."""
+    for node in emitter.graph.nodes:
+        if node is emitter.before:
+            break
+        for axis, length in enumerate(shape_of(node) or ()):
+            if isinstance(length, torch.SymInt) and length.node.expr == expression:
+                return emitter.call(aten.sym_size.int, node, axis)
+    raise ValueError(f"a size is {expression}, which cannot be computed in the graph")

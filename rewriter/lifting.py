@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from subquad.capture_guards import guards_of
 from subquad.captured import Capture, ProgramModule
-from subquad.functional_graph import functional_program, holds_vmap
+from subquad.functional_graph import functional_program, holds_modes
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import attribute, hang, source_of
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
@@ -40,7 +40,7 @@ def from_exported_program(
     expected: where the forward read values out of tensors, what the example had there; the tensors are the program's last
     outputs, beside the forward's own.
     """
-    if root is None or holds_vmap(program.graph_module):
+    if root is None or holds_modes(program.graph_module):
         program = functional_program(program)
     signature = program.graph_signature
     owner = root if root is not None else _module_tree(program)

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from subquad.capture_guards import traced_guards
 from subquad.captured import Capture
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.leaf_layers import leaf_layers_opened
 
 
 def from_symbolic_trace(
@@ -36,7 +37,7 @@ def from_symbolic_trace(
     _RecordValues(module, mode).run(*fakes)
     inputs = tuple(name for name in names if isinstance(values.get(name), torch.Tensor))
     constants = {name: values.get(name) for name in names if name not in inputs}
-    graph = functional(module)
+    graph = functional(leaf_layers_opened(module))
     guards = traced_guards(
         mode.shape_env, {name: fake for name, fake in zip(names, fakes, strict=True) if name in inputs}
     )

@@ -48,6 +48,14 @@ def _vectors(integers: SearchStrategy[Program]) -> SearchStrategy[Program]:
         st.tuples(st.just("pick"), integers, integers),
         st.tuples(st.just("fill"), integers, comparisons, small, small),
         st.tuples(st.just("either"), integers, comparisons, small, integers),
+        st.tuples(st.sampled_from(["searchsorted", "bucketize", "search_left"]), integers),
+        st.tuples(st.sampled_from(["cummax", "argmax_first", "ended", "zero_scattered", "counted"]), integers),
+        st.tuples(st.just("quotient"), integers, divisors, st.sampled_from(["trunc", "both"])),
+        st.tuples(st.just("large"), integers, st.sampled_from([1 << 31, 1 << 33, 3037000507, -(1 << 40)])),
+        st.tuples(st.just("int32"), integers, st.sampled_from([3, 1 << 16, 1 << 28])),
+        st.tuples(st.just("interleaved"), integers, positive),
+        st.tuples(st.just("put"), integers, comparisons, small, small),
+        st.tuples(st.just("far"), integers, st.sampled_from([-(2.0**100), torch.finfo(torch.float32).min, 1e20])),
     )
 
 
@@ -63,6 +71,9 @@ def _conditions(inner: SearchStrategy[Program]) -> SearchStrategy[Program]:
         st.tuples(st.sampled_from(["and", "or", "xor", "add_bool", "mul_bool"]), inner, inner),
         st.tuples(st.sampled_from(["not", "through_float", "through_int", "one_minus", "log_mask"]), inner),
         st.tuples(st.sampled_from(["tril", "triu"]), inner, st.integers(-2, 2)),
+        st.tuples(st.sampled_from(["flipped", "rolled"]), inner),
+        st.tuples(st.just("columns_opened"), inner, positive),
+        st.tuples(st.just("same"), vectors, comparisons),
         st.tuples(st.just("where_bool"), inner, inner, inner),
         st.tuples(st.just("stacked"), inner, inner, st.integers(0, 1)),
     )
@@ -147,6 +158,36 @@ def _vector(p: Program, ids: Tensor, kept: Tensor) -> Tensor:
             return (go(x).half() == 1).long()
         case ("roundtrip", x):
             return go(x).float().round().int().long()
+        case ("quotient", x, n, "both"):
+            return torch.div(go(x), n, rounding_mode="trunc") * n + torch.fmod(go(x), n)
+        case (("searchsorted" | "search_left") as name, x):
+            return torch.searchsorted(torch.tensor([-1, 0, 0, 3]), go(x).contiguous(), right=name == "searchsorted")
+        case ("bucketize", x):
+            return torch.bucketize(go(x), torch.tensor([0, 2, 5]))
+        case ("cummax", x):
+            return go(x).cummax(-1).values
+        case ("counted", x):
+            return (go(x) == 0).cumsum(-1) - (go(x) == 0).long()
+        case ("argmax_first", x):
+            return (go(x) > 0).int().argmax(-1, keepdim=True).expand_as(go(x))
+        case ("ended", x):
+            return nn.functional.pad((go(x) == 1).long().cumsum(-1)[:, :-1], (1, 0))
+        case ("zero_scattered", x):
+            whole = go(x)
+            return whole.scatter(1, torch.zeros_like(whole[:, :1]), 0)
+        case ("large", x, n):
+            return go(x) * n
+        case ("int32", x, n):
+            return (go(x).to(torch.int32) * n).long()
+        case ("interleaved", x, n):
+            whole = go(x)
+            return torch.arange(whole.shape[-1]).repeat_interleave(n)[None, : whole.shape[-1]] + whole
+        case ("put", x, relation, n, value):
+            whole = go(x).clone()
+            condition = getattr(torch, relation)(whole, n)
+            return torch.index_put(whole, (condition,), torch.tensor(value))
+        case ("far", x, value):
+            return ((go(x).float() + value) == value).long()
         case ("running", x):
             return torch.ones_like(go(x)).cumsum(-1) - 1
         case ("roll", x, n):
@@ -227,6 +268,17 @@ def run(p: Any, ids: Tensor, kept: Tensor, given: Tensor) -> Any:
             return go(x).float().log().isinf()
         case (("tril" | "triu") as name, x, n):
             return getattr(torch, name)(go(x).expand(-1, length, length), n)
+        case ("flipped", x):
+            return go(x).flip(-1)
+        case ("rolled", x):
+            return go(x).expand(-1, length, length).roll((1, -2), (1, 2))
+        case ("columns_opened", x, n):
+            whole = go(x).expand(-1, length, length).clone()
+            whole[:, :, :n] = True
+            return whole
+        case ("same", x, relation):
+            vector = _vector(x, ids, kept)
+            return getattr(torch, relation)(vector[:, :, None], vector[:, None, :])
         case ("where_bool", x, y, z):
             return torch.where(go(x), go(y), go(z))
         case ("stacked", x, y, n):

@@ -262,6 +262,25 @@ def test_symbolic_trace_graphs_are_recognised() -> None:
     torch.testing.assert_close(fast(*X), want)
 
 
+@pytest.mark.parametrize("layer", ["attention", "encoder"])
+def test_attention_layers_that_symbolic_trace_keeps_as_leaves_are_opened(layer: str) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.encoder = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + (self.encoder(x) if layer == "encoder" else self.attention(x, x, x)[0])
+
+    model = Around().eval()
+    fast = subquad.rewrite(torch.fx.symbolic_trace(model), passes=["fuse"], example_inputs=X)
+    assert [(site.path, site.heads) for site in fast.report.sites] == [(layer, 4)]
+    other = torch.randn(3, 11, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(other), model(other))
+
+
 @pytest.mark.slow
 def test_recognition_time_grows_linearly() -> None:
     seconds = {}

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import pytest
-from written import cached, decoders, flex, not_attention, options, sets, torch_modules, vision
+from written import (
+    cached,
+    counted_masks,
+    decoders,
+    flex,
+    linear_time,
+    local,
+    not_attention,
+    options,
+    relative,
+    sets,
+    spelled,
+    torch_modules,
+    vision,
+    wrapped,
+)
 from written.case import Case
 from written.table import parameters
 from written.trial import check
@@ -16,6 +31,12 @@ SCHOOLS = {
     "sets": sets.CASES,
     "options": options.CASES,
     "flex": flex.CASES,
+    "relative": relative.CASES,
+    "local": local.CASES,
+    "spelled": spelled.CASES,
+    "masks": counted_masks.CASES,
+    "wrapped": wrapped.CASES,
+    "linear time": linear_time.CASES,
     "none": not_attention.CASES,
 }
 BOTH = frozenset(

@@ -46,7 +46,7 @@ def retrace(
                 environment[node] = _called(module, node, instead, args, kwargs)
         return [environment[node] for node in read]
 
-    mode = _mode(module)
+    mode = tracing_mode(module)
     with mode, torch.no_grad(), preserve_node_meta():
         traced = make_fx(run, pre_dispatch=composite)(*(_fake(module, node, mode) for node in given))
     _splice(module, chosen[-1], given, read, traced)
@@ -54,7 +54,8 @@ def retrace(
         module.graph.erase_node(node)
 
 
-def _mode(module: torch.fx.GraphModule) -> FakeTensorMode:
+def tracing_mode(module: torch.fx.GraphModule) -> FakeTensorMode:
+    """The mode of the fake values on a graph's nodes."""
     leaves = (leaf for node in module.graph.nodes for leaf in pytree.tree_leaves(value_of(node)))
     return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None) or FakeTensorMode()
 

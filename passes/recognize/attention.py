@@ -18,7 +18,7 @@ from subquad.ir.site import Bias, CanonicalAxes, Site
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.canonicalize.flex_attention import is_flex, why_kept
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
-from subquad.passes.recognize.chain import PROJECTION, is_weight, read_chain
+from subquad.passes.recognize.chain import PROJECTION, Chain, is_weight, paths_to_products, read_chain
 from subquad.passes.recognize.empty_rows import empty_rows, unambiguous
 from subquad.passes.recognize.frame import DIM, Frame, digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
@@ -143,12 +143,24 @@ class _Finder:
         return replace(scores, masks=(*scores.masks, source)), "zero" if source.infinite else "mean"
 
     def _from_softmax(self, found: Normalised) -> Site:
-        chain = read_chain(found.x, found.dim)
+        """The site of the first product above the softmax that makes it one; the first one's reason where none does."""
+        first: NotAttention | None = None
+        for nodes in paths_to_products(found.x):
+            try:
+                return self._from_chain(found, read_chain(nodes, found.dim))
+            except NotAttention as no:
+                first = first or no
+        assert first is not None
+        raise first
+
+    def _from_chain(self, found: Normalised, chain: Chain) -> Site:
         reader = ScoreReader(chain.frame, chain.places, self.algebra)
         scores = read_scores(chain, self.algebra)
         product, frame = chain.product, chain.frame
         if is_weight(product.left) or is_weight(product.right):
             raise NotAttention(PROJECTION, found.node, "projection")
+        if found.base != math.e:
+            scores = reader.times(scores, found.node, math.log(found.base), "base")
         if found.extra_logit is not None:
             scores = replace(scores, sinks=found.extra_logit)
         for node in found.masked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -12,7 +12,8 @@ from subquad.ir.graph import rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.frame import DIM, Frame, digit, digits
 from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
-from subquad.passes.recognize.product import PRODUCTS, Product, read_product
+from subquad.passes.recognize.merged_heads import is_head, splits
+from subquad.passes.recognize.product import PRODUCTS, Product, factors, read_product
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 
@@ -25,7 +26,7 @@ VIEWS = frozenset(
 JOINED = frozenset(["cat", "pad"])
 _STEPS = VIEWS | {
     "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad",
-    "clamp",
+    "clamp", "index_put",
 }  # fmt: skip
 
 
@@ -43,20 +44,45 @@ class Chain:
     places: dict[Node, Indices]
 
 
-def read_chain(softmax_input: Any, dim: int | None) -> Chain:
-    """Walk from a softmax's input, taken over axis `dim`, up to the product of queries and keys.
+def paths_to_products(softmax_input: Any) -> list[tuple[Node, ...]]:
+    """The ways from a product of activations down to a softmax's input; where products are added, those first whose
+    operands both have all of its axes.
 
-    Raises NotAttention when there is none, or when keys are not what the softmax runs over.
+    Raises NotAttention when there is none.
     """
     if not isinstance(softmax_input, Node):
         raise NotAttention("the softmax is taken of a constant", softmax_input, "constant")
-    nodes = tuple(reversed(_path_to_product(softmax_input)))
+    paths = [tuple(reversed(path)) for path in _upward_paths(softmax_input)]
+    return sorted(paths, key=lambda path: _is_broadcast(path[0]))
+
+
+def _is_broadcast(node: Node) -> bool:
+    product = read_product(node)
+    return product is None or any(rank_of(side) != rank_of(node) for side in (product.left, product.right))
+
+
+def read_chain(nodes: tuple[Node, ...], dim: int | None) -> Chain:
+    """Place the operations from a product to a softmax over axis `dim` in one frame.
+
+    Raises NotAttention when keys are not what the softmax runs over.
+    """
     product = read_product(nodes[0])
     if product is None:
         raise NotAttention("the scores come from a product that does not pair queries with keys", nodes[0], "no-pairs")
     widest = _widest(nodes)
     shape = shape_of(widest) or ()
-    found = _places(nodes, nodes.index(widest), digits(shape))
+    chain = _in_frame(product, nodes, dim, widest, shape, digits(shape))
+    rest = chain.frame.wide((*chain.frame.batch, *chain.frame.heads))
+    fixed = [n for n in rest if isinstance(chain.frame.shape[n], int)]
+    certain = len(chain.frame.heads) > 1 or (chain.frame.heads and len(fixed) == 1)
+    return chain if certain else _with_heads(chain, dim, widest)
+
+
+def _in_frame(
+    product: Product, nodes: tuple[Node, ...], dim: int | None, widest: Node, shape: tuple[Any, ...], start: Indices
+) -> Chain:
+    """The chain in the frame of given sizes, in whose digits `start` holds the indices of the widest node."""
+    found = _places(nodes, nodes.index(widest), start, shape)
     places = {node: found[node] for node in nodes}
     last = places[nodes[-1]]
     if dim is None or not -len(last) <= dim < len(last):
@@ -80,6 +106,29 @@ def read_chain(softmax_input: Any, dim: int | None) -> Chain:
     return Chain(product, nodes, _roles(right, queries, key, shape), places)
 
 
+def _with_heads(chain: Chain, dim: int | None, widest: Node) -> Chain:
+    """The chain with the heads that its operands tell: alone, among other fixed axes, or counted with the batch."""
+    parts = () if chain.frame.heads else splits(chain.frame, _operands(chain))
+    for shape, start in ((chain.frame.shape, chain.places[widest]), *parts):
+        parted = _in_frame(chain.product, chain.nodes, dim, widest, shape, start)
+        frame, operands = parted.frame, _operands(parted)
+        rest = sorted((*frame.batch, *frame.heads))
+        heads = tuple(n for n in rest if is_head(frame, n, operands))
+        if heads:
+            batch = tuple(n for n in rest if n not in heads)
+            return replace(parted, frame=replace(frame, batch=batch, heads=heads))
+    return chain
+
+
+def _operands(chain: Chain) -> tuple[IndexMap, IndexMap]:
+    product, out = chain.product, chain.places[chain.nodes[0]]
+    left, right = (
+        IndexMap(side, product.indices(side, labels, out, DIM))
+        for side, labels in ((product.left, product.left_labels), (product.right, product.right_labels))
+    )
+    return left, right
+
+
 def _without_offset(index: sympy.Basic) -> sympy.Basic:
     """The key an index counts when an appended logit comes before the first one."""
     return index - index.as_coeff_Add()[0]
@@ -92,9 +141,9 @@ def _widest(nodes: tuple[Node, ...]) -> Node:
     return next(node for node in reversed(nodes[:end]) if rank_of(node) == most)
 
 
-def _places(nodes: tuple[Node, ...], frame: int, start: Indices) -> dict[Node, Indices]:
+def _places(nodes: tuple[Node, ...], frame: int, start: Indices, shape: tuple[Any, ...]) -> dict[Node, Indices]:
     places = {nodes[frame]: start}
-    plain = Frame(shape_of(nodes[frame]) or (), (), (), None, 0)
+    plain = Frame(shape, (), (), None, 0)
     for later, earlier in zip(reversed(nodes[1 : frame + 1]), reversed(nodes[:frame]), strict=True):
         if kind(later) not in VIEWS:
             places[earlier] = _same_shape(places[later], earlier, later)
@@ -175,16 +224,18 @@ def _keys_lack(keys: IndexMap, shape: tuple[Any, ...], place: int) -> bool:
     return False
 
 
-def _path_to_product(start: Node) -> list[Node]:
-    """The nodes from the softmax's input up to the nearest product of two activations."""
+def _upward_paths(start: Node) -> list[list[Node]]:
+    """The nodes from the softmax's input up to each product of two activations, the nearest first."""
     frontier: list[list[Node]] = [[start]]
     nearest: Node = start
     seen = {start}
+    found: list[list[Node]] = []
     while frontier:
         path = frontier.pop(0)
         here = path[-1]
         if is_score_product(here):
-            return path
+            found.append(path)
+            continue
         if kind(here) not in _STEPS:
             nearest = here
             continue
@@ -192,7 +243,36 @@ def _path_to_product(start: Node) -> list[Node]:
             if operand not in seen:
                 seen.add(operand)
                 frontier.append([*path, operand])
-    raise NotAttention(_why_no_product(nearest), nearest, "no-product")
+    if not found and _mixes_scores(nearest):
+        raise NotAttention("the scores are mixed by a weight before the softmax", nearest, "mixed-heads")
+    if not found:
+        raise NotAttention(_why_no_product(nearest), nearest, "no-product")
+    return found
+
+
+def _mixes_scores(node: Node) -> bool:
+    """True for a product of scores by a weight: what it multiplies leads straight to a product of two activations.
+
+    Values weighted by probabilities are such a product too, but no scores.
+    """
+    if not _projects(node):
+        return False
+    stack = [n for n in node.all_input_nodes if not is_weight(n)]
+    seen = set(stack)
+    while stack:
+        here = stack.pop()
+        if is_score_product(here):
+            return not any(_is_probability(side) for side in factors(here))
+        new = [n for n in _score_operands(here) if n not in seen] if kind(here) in _STEPS else []
+        seen.update(new)
+        stack.extend(new)
+    return False
+
+
+def _is_probability(node: Any) -> bool:
+    while kind(node) in VIEWS | {"cast", "dropout"}:
+        node = arguments(node)["x"]
+    return kind(node) in ("softmax", "softmax_core", "div")
 
 
 def is_score_product(node: Node) -> bool:
@@ -234,7 +314,7 @@ def _why_no_product(node: Node) -> str:
 
 def _projects(node: Node) -> bool:
     if kind(node) in PRODUCTS:
-        return not is_score_product(node)
+        return any(is_weight(side) for side in factors(node))
     return kind(node) in ("linear", "addmm") or _convolves(node)
 
 
@@ -258,13 +338,14 @@ def _score_operands(node: Node) -> list[Node]:
     a = arguments(node)
     if kind(node) == "cat":
         return [part for part in a["tensors"] if isinstance(part, Node)]
-    names = {"where": ("a", "b"), "masked_fill": ("x",)}.get(kind(node), ("x", "a", "b"))
+    names = {"where": ("a", "b"), "masked_fill": ("x",), "index_put": ("x",)}.get(kind(node), ("x", "a", "b"))
     rank, shape = rank_of(node), shape_of(node) or ()
-    found: list[Node] = []
+    alike: list[Node] = []
+    others: list[Node] = []
     for name in names:
         value = a.get(name)
         other = shape_of(value)
         if isinstance(value, Node) and other is not None and (rank_of(value) == rank or kind(node) in VIEWS):
             same = len(other) == len(shape) and all(str(x) == str(y) for x, y in zip(other, shape, strict=True))
-            found.insert(0 if same else len(found), value)
-    return found
+            (alike if same else others).append(value)
+    return alike + others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,6 @@ class ConcreteRun:
         self.batch, self.length, self.padding, self.double = batch, length, padding, double
         self.symbols: dict[Any, int] = {}
         self.known: dict[Node, Any] = {}
-        self.generator = torch.Generator().manual_seed(batch * 1000 + length)
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self._assign(node)
@@ -47,6 +47,10 @@ class ConcreteRun:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 self.symbols.setdefault(size.node.expr, self.batch if place == 0 else self.length)
 
+    def _generator(self, node: Node) -> torch.Generator:
+        """Randomness of a node's own, so that its value does not depend on what was asked for before."""
+        return torch.Generator().manual_seed(zlib.crc32(node.name.encode()) + self.batch * 1000 + self.length)
+
     def size(self, size: Any) -> int:
         """A symbolic size at this run's batch and length."""
         return int(size.node.expr.xreplace(self.symbols)) if isinstance(size, torch.SymInt) else int(size)
@@ -55,7 +59,7 @@ class ConcreteRun:
         """A standard normal tensor of the node's shape and dtype (float64 when double)."""
         recorded = value_of(node)
         shape = [self.size(s) for s in recorded.shape]
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        drawn = torch.randn(shape, generator=self._generator(node), dtype=torch.float64)
         return drawn if self.double else drawn.to(recorded.dtype)
 
     def value(self, node: Node) -> Any:
@@ -115,7 +119,7 @@ class ConcreteRun:
         if binary:
             return self._padded(shape).to(recorded.dtype)
         high = max(2, int(example.max()) + 1 if example is not None and example.numel() else 2)
-        return torch.randint(0, high, shape, generator=self.generator, dtype=torch.int64).to(recorded.dtype)
+        return torch.randint(0, high, shape, generator=self._generator(node), dtype=torch.int64).to(recorded.dtype)
 
     def _padded(self, shape: list[int]) -> torch.Tensor:
         mask = torch.ones(shape, dtype=torch.int64)

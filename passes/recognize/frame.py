@@ -161,6 +161,8 @@ class Frame:
         packed: list[Packed] = []
         for n, (size, index) in enumerate(zip(shape, indices, strict=True)):
             found = self._mixed(index, dim)
+            if sympy.expand(sympy.prod(size_of(held) for held, _ in found) - size_of(size)) != 0:
+                found = []
             if found:
                 packed.append((n, tuple(held for held, _ in found)))
             sizes.extend([held for held, _ in found] or [size])

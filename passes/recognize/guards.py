@@ -12,7 +12,7 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import Indices
 from subquad.passes.recognize.mask_relation import implies, negate
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, one_where
+from subquad.passes.recognize.score_chain import SHAPES, ScoreReader, one_where
 from subquad.passes.recognize.scores import Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition
 
@@ -72,26 +72,47 @@ def decomposed_nan_to_num(probabilities: Node) -> tuple[Node, ...]:
     here, passed, zeroed = probabilities, list[Node](), False
     while True:
         for user in here.users:
-            a = arguments(user) if kind(user) == "where" else {"b": None, "cond": None}
-            test: Any = a["cond"]
-            if a["b"] is not here or kind(test) not in ("isnan", "eq"):
+            test, value, kept = _replaced(user)
+            if kept is not here or kind(test) not in ("isnan", "eq", "ne"):
                 continue
             condition, test = test, arguments(test)
-            if kind(condition) == "isnan" and test["x"] is probabilities and _is_zero(a["a"]):
+            if _finds_nan(condition, probabilities) and _is_zero(value):
                 zeroed = True
-            elif test.get("a") is not probabilities or test.get("b") not in (float("inf"), float("-inf")):
+            elif (
+                kind(condition) != "eq"
+                or test.get("a") is not probabilities
+                or test.get("b") not in (float("inf"), float("-inf"))
+            ):
                 continue
             passed += [condition, user]
             here = user
             break
         else:
             break
-    complete = zeroed and all(user in passed for user in probabilities.users)
+    complete = zeroed and all(user in passed or kind(user) in SHAPES for user in probabilities.users)
     return tuple(passed) if complete else ()
 
 
+def _replaced(user: Node) -> tuple[Any, Any, Any]:
+    """(condition, value put where it holds, tensor kept elsewhere) of a where or a fill; three times None for others."""
+    if kind(user) not in ("where", "masked_fill"):
+        return None, None, None
+    a = arguments(user)
+    return (a["cond"], a["a"], a["b"]) if kind(user) == "where" else (a["mask"], a["value"], a["x"])
+
+
+def _finds_nan(condition: Node, probabilities: Node) -> bool:
+    """isnan(p), or p != p."""
+    a = arguments(condition)
+    if kind(condition) == "isnan":
+        return a["x"] is probabilities
+    return kind(condition) == "ne" and a["a"] is probabilities and a["b"] is probabilities
+
+
 def _is_zero(value: Any) -> bool:
-    while kind(value) in ("scalar_tensor", "full"):
+    if kind(value) in ("zeros_like", "new_zeros", "zeros"):
+        return True
+    while kind(value) in ("scalar_tensor", "full", "full_like"):
         value = arguments(value)["value"]
     return isinstance(value, int | float) and value == 0
 

@@ -51,13 +51,23 @@ def _copies(node: Node, indices: Indices) -> IndexMap | None:
     """A stack or concatenation of one tensor several times is a repetition of it."""
     a = arguments(node)
     parts, shape = list(a["tensors"]), shape_of(node) or ()
-    if any(part is not parts[0] for part in parts):
+    if not all(_is_same(part, parts[0]) for part in parts):
         return None
     along = a["dim"] % len(shape)
     if kind(node) == "stack":
         return IndexMap(parts[0], indices[:along] + indices[along + 1 :])
     inner = sympy.Mod(indices[along], size_of((shape_of(parts[0]) or ())[along]))
     return IndexMap(parts[0], (*indices[:along], inner, *indices[along + 1 :]))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """True for one node, or for the same view written twice."""
+    return a is b or (
+        isinstance(a, Node)
+        and isinstance(b, Node)
+        and kind(a) in ("unsqueeze", "contiguous")
+        and (a.target, a.args, a.kwargs) == (b.target, b.args, b.kwargs)
+    )
 
 
 def viewed(view: Node, base: Node, indices: Indices) -> Indices | None:
@@ -275,9 +285,9 @@ def _getitem(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices 
 
 def _repeat_interleave(a: dict[str, Any], i: Indices, base: Shape, out: Shape) -> Indices | None:
     repeats = a["repeats"]
-    if a["dim"] is None or (isinstance(repeats, Node) and shape_of(repeats) is not None):
+    if (a["dim"] is None and len(base) != 1) or (isinstance(repeats, Node) and shape_of(repeats) is not None):
         return None
-    dim = a["dim"] % len(base)
+    dim = (a["dim"] or 0) % len(base)
     return (*i[:dim], FloorDiv(i[dim], _integer(repeats)), *i[dim + 1 :])
 
 

@@ -101,6 +101,10 @@ class MaskAlgebra:
                 return value
         return None
 
+    def as_table(self, node: Node) -> SymbolicTensor:
+        """The tensor as a table of its own elements, whatever its formula is."""
+        return self._table(node, shape_of(node) or ())
+
     def _table(self, node: Node, shape: tuple[Any, ...]) -> SymbolicTensor:
         name = node.name
         self.tables[name] = Table(name, node, len(shape))

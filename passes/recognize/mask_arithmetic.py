@@ -1,8 +1,8 @@
 """What is exact in which dtype: arithmetic and comparisons of leaves, done as the tensor's own operation does them.
 
 Numbers are computed by running the operation itself on one element of each tensor's dtype.  Formulas of indices and tables
-are integers.  int32 and int64 hold them, overflow aside: sizes and ids are taken to stay below 2^31.  float32 and float64
-hold linear formulas of indices with factors up to 16, below 2^20 positions.  A table's element may round in a floating
+are integers.  Ids are taken to stay below 2^31, below 2^30 in int32; what then may overflow is no formula.  float32 and
+float64 hold linear formulas of indices with factors up to 16, below 2^20 positions.  A table's element may round in a floating
 dtype; then only a comparison with a small number is exact, because rounding keeps the order and small integers do not round.
 Narrower integers wrap around and half precision rounds at 256, so there only numbers and a tensor's own elements are
 formulas.
@@ -32,6 +32,9 @@ WIDE_FLOATS = (torch.float64, torch.float32)
 SMALL = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.float16: 64, torch.bfloat16: 16}
 """Integers up to here, and four times as far, are exact in the dtype."""
 LARGEST_FACTOR = 16
+POSITIONS = 1 << 20
+ELEMENTS = {torch.int64: 1 << 31, torch.int32: 1 << 30}
+"""Below these are positions, and ids as each dtype holds them."""
 LARGEST_DIVISOR = 1024
 
 
@@ -96,6 +99,26 @@ def near_element(value: sympy.Basic, most: int) -> bool:
     )
 
 
+def largest(value: sympy.Basic, index: int, element: int) -> float:
+    """A bound on the magnitude of an integer formula whose indices and sizes, and tables' elements, are below these."""
+    if value.is_number:
+        return abs(python_number(value))
+    if value.is_Symbol:
+        return index
+    if isinstance(value, AppliedUndef):
+        return element
+    parts = [largest(part, index, element) for part in value.args]
+    if isinstance(value, sympy.Add):
+        return sum(parts)
+    if isinstance(value, sympy.Mul):
+        return math.prod(parts)
+    if isinstance(value, FloorDiv):
+        return parts[0] + 1
+    if isinstance(value, sympy.Mod):
+        return parts[1]
+    return max(parts) if isinstance(value, sympy.Abs | sympy.Max | sympy.Min) else math.inf
+
+
 def kept(value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
     """The leaf as a tensor of this dtype holds it.
 
@@ -105,11 +128,25 @@ def kept(value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
         return stored(value, dtype)
     if not is_integer(value):
         raise NoFormula
-    if dtype in WIDE_INTEGERS or (dtype in WIDE_FLOATS and is_index(value)):
+    if dtype in WIDE_INTEGERS:
+        if largest(value, POSITIONS, ELEMENTS[dtype]) > torch.iinfo(dtype).max:
+            raise NoFormula
+        return value
+    if dtype in WIDE_FLOATS and is_index(value):
         return value
     if dtype in SMALL and near_element(value, SMALL[dtype]):
         return value
     raise NoFormula
+
+
+ABSORBING = 1e30
+"""Integers below 2^31 are less than half a unit in the last place of numbers beyond this, in float64 too."""
+
+
+def absorbs(number: sympy.Basic, other: sympy.Basic, dtype: torch.dtype) -> bool:
+    """True when adding an index or an integer table's element leaves a number as it is, because it is so far from zero."""
+    small = is_index(other) or near_element(other, 1 << 20)
+    return bool(small and dtype in WIDE_FLOATS and number.is_finite and abs(python_number(number)) >= ABSORBING)
 
 
 def compared(relation: str, a: sympy.Basic, b: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:

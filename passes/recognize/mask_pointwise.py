@@ -5,9 +5,13 @@ from __future__ import annotations
 import sympy
 import torch
 
-from subquad.ir.graph import shape_of
+from subquad.ir.graph import dtype_of, shape_of
+from subquad.ir.mask import Where
+from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mask_arithmetic import (
     OPERATIONS,
+    WIDE_INTEGERS,
+    absorbs,
     common_dtype,
     compared,
     executed,
@@ -18,9 +22,9 @@ from subquad.passes.recognize.mask_arithmetic import (
     stored,
 )
 from subquad.passes.recognize.mask_choice import NoFormula, choose, is_boolean, spread
-from subquad.passes.recognize.mask_relation import conjoin, disjoin, either, negate, never_negative, relate
+from subquad.passes.recognize.mask_relation import conjoin, disjoin, either, negate, never_negative, reads, relate
 from subquad.passes.recognize.mask_rules import Operation, leafwise, rule
-from subquad.passes.recognize.symbolic_tensor import as_condition, axis
+from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_one
 
 MOST_MEMBERS = 16
 
@@ -43,6 +47,10 @@ def _binary(op: Operation, operation: str) -> sympy.Basic:
             if b == 0 and operation in ("fraction", "floordiv", "mod"):
                 raise NoFormula  # the sign of zero decides, and formulas do not keep it
             return _run(op, {"a": a, "b": b})
+        if op.kind == "add" and (a.is_number or b.is_number):
+            number, other = (a, b) if a.is_number else (b, a)
+            if absorbs(number, other, op.dtype):
+                return stored(number, op.dtype)
         if not (is_integer(a) and is_integer(b)):
             raise NoFormula
         a, b = kept(a, op.dtype), kept(b, op.dtype)
@@ -78,42 +86,68 @@ def _division(op: Operation) -> sympy.Basic | None:
 
 
 def _truncated_division(op: Operation) -> sympy.Basic:
-    """Rounding towards zero is rounding down where nothing is negative."""
-
-    def leaf(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
-        if a.is_number and b.is_number:
-            return _run(op, {"a": a, "b": b})
-        if not (is_integer(a) and is_integer(b) and never_negative(a) and never_negative(b)):
-            raise NoFormula
-        if op.dtype.is_floating_point and not (is_index(a) and is_index(b)):
-            raise NoFormula
-        return kept(OPERATIONS["floordiv"](kept(a, op.dtype), kept(b, op.dtype)), op.dtype)
-
-    return leafwise(op, ("a", "b"), leaf)
+    """Rounding towards zero is rounding the magnitude down."""
+    return leafwise(op, ("a", "b"), lambda a, b: _truncated(op, a, b, "floordiv"))
 
 
 @rule("fmod")
 def _truncated_remainder(op: Operation) -> sympy.Basic:
-    def leaf(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
-        if a.is_number and b.is_number:
-            return _run(op, {"a": a, "b": b})
-        if not (is_integer(a) and is_integer(b) and never_negative(a) and never_negative(b)):
-            raise NoFormula
-        if op.dtype.is_floating_point and not (is_index(a) and is_index(b)):
-            raise NoFormula
-        return kept(OPERATIONS["mod"](kept(a, op.dtype), kept(b, op.dtype)), op.dtype)
+    """The remainder of the magnitudes with the sign of the dividend."""
+    return leafwise(op, ("a", "b"), lambda a, b: _truncated(op, a, b, "mod"))
 
-    return leafwise(op, ("a", "b"), leaf)
+
+def _truncated(op: Operation, a: sympy.Basic, b: sympy.Basic, operation: str) -> sympy.Basic:
+    if a.is_number and b.is_number:
+        return _run(op, {"a": a, "b": b})
+    if not (is_integer(a) and is_integer(b) and never_negative(b)):
+        raise NoFormula
+    if op.dtype.is_floating_point and not (is_index(a) and is_index(b)):
+        raise NoFormula
+    a, b = kept(a, op.dtype), kept(b, op.dtype)
+    above = kept(OPERATIONS[operation](a, b), op.dtype)
+    if never_negative(a):
+        return above
+    below = kept(-OPERATIONS[operation](sympy.expand(-a), b), op.dtype)
+    return choose(relate("ge", a, sympy.S.Zero), above, below)
 
 
 @rule("le", "lt", "ge", "gt", "eq", "ne")
 def _comparison(op: Operation) -> sympy.Basic:
     dtype = common_dtype((op["a"], op["b"]))
+    sides = _of_one_tensor(op)
+    if sides is not None:
+        return compared(op.kind, *sides, dtype)
 
     def leaf(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
         return compared(op.kind, a, b, dtype)
 
     return spread(leaf, (op.value("a"), op.value("b")))
+
+
+def _of_one_tensor(op: Operation) -> tuple[sympy.Basic, sympy.Basic] | None:
+    """Two elements of one integer tensor (numbers of documents), where its formula is a choice that tables decide.
+
+    The tensor is read as a table then: which choice was made at either place says nothing about their being equal.
+    """
+    if not (op.is_tensor("a") and op.is_tensor("b")):
+        return None
+    start = tuple(sympy.S.Zero if is_one(size) else axis(n) for n, size in enumerate(op.shape))
+    found = []
+    for name in ("a", "b"):
+        shape = shape_of(op[name]) or ()
+        aligned = start[len(start) - len(shape) :]
+        at = IndexMap(op[name], tuple(sympy.S.Zero if is_one(n) else i for n, i in zip(shape, aligned, strict=True)))
+        while (before := trace_view(at)) is not None:
+            at = before
+        found.append(at)
+    base = found[0].node
+    if base is not found[1].node or dtype_of(base) not in WIDE_INTEGERS:
+        return None
+    formula = op.algebra.read(base).expression
+    if not isinstance(formula, Where) or not reads(formula):
+        return None
+    table = op.algebra.as_table(base)
+    return table.at(found[0].indices), table.at(found[1].indices)
 
 
 @rule("and", "or", "xor")

@@ -98,6 +98,9 @@ def _equal(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
         return _equal(difference.base, sympy.S.Zero)
     if never_negative(difference - 1) or never_negative(-1 - difference):
         return sympy.false
+    multiple = difference if isinstance(difference, sympy.Mod) else -difference
+    if isinstance(multiple, sympy.Mod) and multiple.args[0].could_extract_minus_sign():
+        return _equal(sympy.Mod(sympy.expand(-multiple.args[0]), multiple.args[1]), sympy.S.Zero)
     positive, negative, constant = _sides(difference)
     if positive == 0 or (negative != 0 and str(positive) < str(negative)):
         positive, negative, constant = negative, positive, -constant
@@ -146,7 +149,28 @@ def conjoin(*conditions: sympy.Basic) -> sympy.Basic:
     parts = [p for c in conditions for p in (c.args if isinstance(c, sympy.And) else (c,))]
     if sympy.false in parts or _any_pair(parts, excludes):
         return sympy.false
+    possible = _possible(parts)
+    if possible != parts:
+        return conjoin(*possible)
     return sympy.And(*_independent(parts, lambda dropped, stays: implies(stays, dropped)))
+
+
+def _possible(parts: list[sympy.Basic]) -> list[sympy.Basic]:
+    """The conditions without alternatives that another one rules out: a & (not a | b) is a & b."""
+    if len(parts) > MOST_COMPARED:
+        return parts
+    certain = [part for part in parts if not isinstance(part, sympy.Or)]
+    return [
+        disjoin(*(choice for choice in part.args if not any(_rules_out(known, choice) for known in certain)))
+        if isinstance(part, sympy.Or)
+        else part
+        for part in parts
+    ]
+
+
+def _rules_out(known: sympy.Basic, choice: sympy.Basic) -> bool:
+    needed = choice.args if isinstance(choice, sympy.And) else (choice,)
+    return any(sympy.Not(part) == known or excludes(known, part) for part in needed)
 
 
 def disjoin(*conditions: sympy.Basic) -> sympy.Basic:

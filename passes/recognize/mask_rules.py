@@ -27,6 +27,9 @@ class Formulas(Protocol):
     def read(self, node: Node) -> SymbolicTensor:
         """The formula of a tensor operand."""
 
+    def as_table(self, node: Node) -> SymbolicTensor:
+        """A tensor operand as a table of its own elements, whatever its formula is."""
+
     def size(self, value: Any) -> sympy.Basic:
         """An integer argument as an expression."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ class Normalised:
     extra_logit: a further logit in the denominator (softmax-plus-one has 0), None for none.  word: how it is spelled.
     passed: interior nodes of a softmax that is written out.  divided: the node that divides weighted values by the sum of
     the exponentials, where `node` gives the exponentials alone.  masked: products of the exponentials, first to last, that
-    are to hide keys by a zero.  safe: rows without any key get zeros.
+    are to hide keys by a zero.  safe: rows without any key get zeros.  base: of the powers.
     """
 
     node: Node
@@ -39,6 +40,7 @@ class Normalised:
     divided: Node | None = None
     masked: tuple[Node, ...] = ()
     safe: bool = False
+    base: float = math.e
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,24 @@ def _unmasked(value: Any) -> tuple[Any, tuple[Node, ...]]:
         if kind(value) in HIDING:
             masked.insert(0, value)
         value = _side(value)
-    return (value, tuple(masked)) if kind(value) == "exp" else (None, ())
+    return (value, tuple(masked)) if power_of(value) is not None else (None, ())
+
+
+def power_of(value: Any) -> tuple[Any, float] | None:
+    """The exponent and the base of a power of a fixed number above one; None for anything else."""
+    name = kind(value)
+    if name in ("exp", "exp2"):
+        return arguments(value)["x"], math.e if name == "exp" else 2.0
+    a = arguments(value) if name == "pow" else {}
+    base = a.get("base")
+    return (a["exponent"], float(base)) if isinstance(base, int | float) and base > 1 else None
 
 
 def leads_to_exp(value: Any, depth: int = 6) -> bool:
     """True for exponentials, behind a few products and fills that may hide some."""
     if kind(value) in HIDING | SAME:
         return depth > 0 and _side(value, depth - 1) is not None
-    return kind(value) == "exp"
+    return power_of(value) is not None
 
 
 def _side(node: Node, depth: int = 6) -> Any:
@@ -185,6 +197,9 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
         elif kind(bottom) == "add" and further is None:
             first = isinstance(a["a"], Node) and kind(_behind(a["a"], SAME | {"unsqueeze"})) == "sum"
             bottom, further = (a["a"], a["b"]) if first else (a["b"], a["a"])
+        elif kind(bottom) == "einsum" and place is not None:
+            summed = _summed_letter(a)
+            return _Sum(place, further, tuple(passed)) if summed == place and a["operands"][0] is exponential else None
         elif kind(bottom) == "sum":
             dim = _one(a["dim"])
             if dim is None or _behind(a["x"], SAME) is not exponential:
@@ -197,16 +212,24 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
     return None
 
 
+def _summed_letter(a: dict[str, Any]) -> int | None:
+    """The axis that an einsum of one operand sums over, all others kept in order; None for any other."""
+    term, _, out = str(a["equation"]).replace(" ", "").partition("->")
+    dropped = [n for n in range(len(term)) if term[:n] + term[n + 1 :] == out]
+    return dropped[0] if len(a["operands"]) == 1 and len(set(term)) == len(term) and dropped else None
+
+
 def _normalised(node: Node, exponential: Node, total: _Sum) -> Normalised:
-    x = arguments(exponential)["x"]
+    x, base = power_of(exponential) or (None, math.e)
+    of = "exp" if base == math.e else f"powers of {base:g}"
     if total.further is None:
-        return Normalised(node, x, total.dim, word="exp over its sum", passed=total.passed)
-    word = "exp over one plus its sum"
+        return Normalised(node, x, total.dim, word=f"{of} over its sum", passed=total.passed, base=base)
+    word = f"{of} over one plus its sum"
     shifted = _behind(x, SAME)
     if kind(shifted) != "sub":
         if total.further == 1:
-            return Normalised(node, x, total.dim, 0.0, word, total.passed)
-    elif _is_exp_of_minus(total.further, arguments(shifted)["b"]):
+            return Normalised(node, x, total.dim, 0.0, word, total.passed, base=base)
+    elif base == math.e and _is_exp_of_minus(total.further, arguments(shifted)["b"]):
         passed = (*total.passed, shifted, *_spine(total.further))
         return Normalised(node, arguments(shifted)["a"], total.dim, 0.0, word, passed)
     raise NotAttention(

@@ -62,7 +62,7 @@ def peel(node: Node, indices: Indices, frame: Frame, time: int | None, algebra: 
         here = before
     if not found and not packed:
         raise NotAttention("an operand of the product has axes that are not batch, time, head and dim", node, "layout")
-    return found or packed[:1]
+    return found or packed
 
 
 def alike(keys: list[Peeled], values: list[Peeled], node: Node) -> tuple[Peeled, Peeled]:

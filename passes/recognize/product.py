@@ -91,6 +91,14 @@ def read_product(node: Node) -> Product | None:
     )  # fmt: skip
 
 
+def factors(node: Node) -> list[Any]:
+    """What a product multiplies."""
+    a = arguments(node)
+    return (
+        list(a["operands"]) if kind(node) == "einsum" else [a[key] for key in ("a", "b", "left", "right") if key in a]
+    )
+
+
 def _einsum(equation: str, operands: list[Any]) -> Product | None:
     inputs, arrow, out = equation.partition("->")
     terms = inputs.split(",")
@@ -114,7 +122,7 @@ def _einsum(equation: str, operands: list[Any]) -> Product | None:
         return None
     product = Product(operands[0], operands[1], left, right, out)
     kept = [[c for c in out if c not in other] for other in (left, right)]
-    return product if all(kept) else None
+    return product if any(kept) else None
 
 
 def _spread(terms: list[str], operands: list[Any]) -> tuple[list[str], str] | None:

@@ -70,12 +70,12 @@ class ScoreReader:
                 raise NotAttention("a tanh after a mask, a bias or another tanh is not a softcap", node, "step")
             return scores.after(node, "tanh", softcap=1.0)
         if name == "neg":
-            return self._times(scores, node, -1.0, "neg")
+            return self.times(scores, node, -1.0, "neg")
         if name in ("mul", "div"):
             return self._scaled(scores, node, before, a)
         if name in ("add", "sub"):
             return self._added(scores, node, before, a)
-        if name in ("where", "masked_fill"):
+        if name in ("where", "masked_fill", "index_put"):
             return self._filled(scores, node, before, a)
         if name in ("maximum", "clamp"):
             return self._clamped(scores, node, before, a)
@@ -147,7 +147,8 @@ class ScoreReader:
         """A scalar argument's number: a Python number, or a tensor whose formula is one; None when it is neither."""
         return constant_of(value, self.algebra)
 
-    def _times(self, scores: Scores, node: Node, factor: float, word: str) -> Scores:
+    def times(self, scores: Scores, node: Node, factor: float, word: str) -> Scores:
+        """The scores times a fixed number."""
         if factor == 0:
             raise NotAttention("the scores are multiplied or divided by zero", node, "scale")
         if (scores.predicate != sympy.true or scores.softcap is not None) and factor <= 0:
@@ -170,7 +171,7 @@ class ScoreReader:
             return self._gained(scores, node, other, divided)
         if factor == 0:
             raise NotAttention("the scores are multiplied or divided by zero", node, "scale")
-        return self._times(scores, node, 1 / factor if divided else factor, kind(node))
+        return self.times(scores, node, 1 / factor if divided else factor, kind(node))
 
     def _gained(self, scores: Scores, node: Node, other: Any, divided: bool) -> Scores:
         if not isinstance(other, Node) or shape_of(other) is None:
@@ -217,6 +218,8 @@ class ScoreReader:
     def _filled(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         if kind(node) == "masked_fill":
             condition, fill, hidden_when = a["mask"], a["value"], True
+        elif kind(node) == "index_put":
+            condition, fill, hidden_when = _written_where(node, a), a["values"], True
         else:
             condition, fill, hidden_when = a["cond"], a["b"], False
             if a["b"] is before:
@@ -251,9 +254,9 @@ class ScoreReader:
         raise NotAttention("the scores are clamped at a value that a score can reach", node, "clamp")
 
     def _is_of_row(self, value: Node, node: Node) -> bool:
-        """True for a maximum, mean or logarithm of a sum of the scores, one for each row: shifting a row cancels."""
+        """True for a maximum, mean or logarithm of a sum of the scores, one for each row or for all: shifting a row cancels."""
         shape, place = shape_of(value) or (), self.places[node]
-        if self._varies_with_key(value, node) or len(shape) != len(place):
+        if self._varies_with_key(value, node) or (shape and len(shape) != len(place)):
             return False
         while isinstance(value, Node) and kind(value) in ROW_STEPS:
             value = arguments(value)["x"]
@@ -301,6 +304,21 @@ class ScoreReader:
         )
         views = self.frame.views(shape, len(place), place) if per_head else None
         return self.over_scores(column, scores) if views is None else ScoreTensor(source, views)
+
+
+def _written_where(node: Node, a: dict[str, Any]) -> Node:
+    """The boolean tensor over the last axes that `scores[..., condition] = value` writes at."""
+    picks = [pick for pick in a["indices"] if pick is not None]
+    leading = len(a["indices"]) - len(picks)
+    if (
+        len(picks) == 1
+        and a["indices"][-1] is picks[0]
+        and dtype_of(picks[0]) == torch.bool
+        and not a.get("accumulate")
+    ):
+        if leading + len(shape_of(picks[0]) or ()) == len(shape_of(node) or ()):
+            return picks[0]
+    raise NotAttention("scores are written at places that no boolean tensor tells", node, "mask")
 
 
 SHAPES = frozenset(["sym_size", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"])

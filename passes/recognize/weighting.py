@@ -25,7 +25,7 @@ from subquad.passes.recognize.symbolic_tensor import size_of
 Node = torch.fx.Node
 SHAPE_ONLY = frozenset(["full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "sym_size"])
 RETURNED = "the attention probabilities are returned or unused"
-SHARED = "the attention probabilities have other uses than weighting values (output_attentions?)"
+SHARED = "the attention probabilities have other uses than weighting values once"
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,18 @@ def _next(here: Node, ignored: tuple[Node, ...]) -> tuple[Node, Product | None]:
     """The one user of the probabilities, and the product when it weights values by them."""
     users = [user for user in users_of(here) if kind(user) not in SHAPE_ONLY and user not in ignored]
     if len(users) != 1 or users[0].op == "output":
-        raise NotAttention(SHARED if len(users) > 1 else RETURNED, here, "probabilities-used")
+        raise NotAttention(_uses(users) if len(users) > 1 else RETURNED, here, "probabilities-used")
     user = users[0]
     product = read_product(user) if kind(user) in PRODUCTS else None
     if product is not None and product.right is here:
         product = product.swapped()
     return user, product if product is not None and product.left is here else None
+
+
+def _uses(users: list[Node]) -> str:
+    """The sentence that names what reads the probabilities."""
+    names = ["the output" if user.op == "output" else f"`{kind(user) or user.target}`" for user in users]
+    return f"{SHARED}: they go to {', '.join(dict.fromkeys(names))}"
 
 
 def _kept_keys(user: Node, here: Node, place: Indices, chain: Chain, scores: Scores) -> Indices:

@@ -116,12 +116,14 @@ def attribute(root: torch.nn.Module, target: str) -> Any:
 
 
 def hang(root: torch.nn.Module, name: str, value: Any, persistent: bool = True) -> None:
-    """Set a parameter, buffer or module under a dotted name, making empty modules on the way."""
+    """Set a parameter, buffer or module under a dotted name, in the place of a tensor there, making empty modules on the way."""
     *path, leaf = name.split(".")
     for part in path:
         if not hasattr(root, part):
             root.add_module(part, torch.nn.Module())
         root = getattr(root, part)
+    for held in (root._parameters, root._buffers):
+        held.pop(leaf, None)
     if isinstance(value, torch.nn.Module):
         root.add_module(leaf, value)
     elif isinstance(value, torch.nn.Parameter):

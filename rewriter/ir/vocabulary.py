@@ -90,6 +90,8 @@ KINDS: tuple[Kind, ...] = (
     _kind("isfinite", "x", "isfinite", (torch.isfinite,), "isfinite", input="x", self="x"),
     _kind("tanh", "x", "tanh", (torch.tanh, F.tanh), "tanh", (torch.nn.Tanh,), input="x", self="x"),
     _kind("exp", "x", "exp exp_", (torch.exp,), "exp exp_", input="x", self="x"),
+    _kind("exp2", "x", "exp2 special_exp2", (torch.exp2,), "exp2", input="x", self="x"),
+    _kind("pow", "base exponent", "pow", (torch.pow, operator.pow), "pow __pow__", self="base", input="base"),
     _kind("reciprocal", "x", "reciprocal", (torch.reciprocal,), "reciprocal", input="x", self="x"),
     _kind("pad", "x pad mode='constant' value=0.0", "pad constant_pad_nd", (F.pad, torch._C._nn.pad), "", self="x", input="x"),
     _kind("isnan", "x", "isnan", (torch.isnan,), "isnan", input="x", self="x"),

@@ -255,7 +255,7 @@ CASES = (
     shared("lengths given", given_lengths, lengths, mask="causal & lengths(given)"),
     shared("padding from ids", not_padding, mask="keys(tokens[b, kv] != 1)"),
     shared("padding mask and triangle", padding_and_triangle, padded, mask="causal & padding(given)"),
-    shared("additive padding mask", additive_padding, padded, mask="padding(given)", empty_rows="mean"),
+    shared("additive padding mask", additive_padding, padded, mask="full", biases=1),
     shared("padding on both sides of the square", square_padding, padded,
            mask="padding(given) & queries(given[b, q] != 0)", empty_rows="zero"),
     shared("user's mask [T, T]", as_given, random_mask("2"), mask="opaque"),
