@@ -123,7 +123,7 @@ class Setup:
 
 def speed(setup: Setup, chosen: dict[str, list[str]], count: int, method: str) -> None:
     """Every prompt by every way in turn; tokens after the first over their time."""
-    drafter = Speculate(method).drafter()
+    drafter = Speculate(method=method).drafter()
     ways: dict[str, Callable[[torch.Tensor], Run]] = {
         "HF generate": lambda ids: setup.theirs(ids, count),
         "HF prompt lookup": lambda ids: setup.theirs(ids, count, prompt_lookup_num_tokens=10),
@@ -168,7 +168,7 @@ def accepted(
     print("| drafter | rows | " + " | ".join(chosen) + " | mean |\n|---|---|" + "---|" * (len(chosen) + 1))
     for method in methods:
         for width in rows:
-            drafter = Speculate(method).drafter()
+            drafter = Speculate(method=method).drafter()
             found = []
             for texts in chosen.values():
                 runs = [setup.ours(setup.ids(text), count, drafter, FixedPacing(width - 1)) for text in texts]
@@ -199,7 +199,7 @@ def cost(setup: Setup, rows: Sequence[int], context: int = 256) -> None:
 def identity(setup: Setup, chosen: dict[str, list[str]], count: int, method: str) -> None:
     """Tokens of our speculation against Hugging Face's plain greedy tokens, differences judged by a float64 run."""
     judge = None
-    drafter = Speculate(method).drafter()
+    drafter = Speculate(method=method).drafter()
     same = close = wrong = 0
     for group, texts in chosen.items():
         for text in texts:
