@@ -11,9 +11,10 @@ BLOCK = 128
 def top_tokens(logits: Tensor, count: int) -> Tensor:
     """Ids int64 [n, count] of the largest logits [n, V], largest first.
 
-    The largest `count` elements lie in the `count` blocks with the largest maxima, so that only those are searched: four to
+    The largest `count` elements lie in the `count` blocks with the largest maxima, so that only those are searched: three to
     five times as fast as a top-k over a vocabulary of 49,152.
     """
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits  # reductions of half precision are slower on a CPU
     rows, vocabulary = logits.shape
     whole = vocabulary // BLOCK
     if whole <= 2 * count:
