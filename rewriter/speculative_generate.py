@@ -6,6 +6,7 @@ import copy
 import functools
 from typing import Any
 
+from subquad.application import rewritten
 from subquad.ir.errors import GenerationError, SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.passes.speculate.draft_model import DraftModel
@@ -35,13 +36,19 @@ class SpeculativeGenerate:
     def __init__(self, model: Any, rewrite: LoopRewrite) -> None:
         """rewrite: the speculation of calls that ask for none of their own."""
         self.model, self.rewrite = model, rewrite
+        self.modules = sum(1 for _ in model.modules())
         self.why_not: str | None = None
+        self._places: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's weights lie elsewhere."""
+        return {**self.__dict__, "_places": {}}
 
     def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`.  Raises GenerationError or PassError for words of speculation that do not fit."""
         own = type(self.model).generate
         config = generation_config if generation_config is not None else self.model.generation_config
-        self.why_not = _left(config, kwargs)
+        self.why_not = _left(config, kwargs) or self._changed()
         if self.why_not is not None:
             return own(self.model, inputs, generation_config, **kwargs)
         given, kwargs = _without_words(generation_config, config, dict(kwargs))
@@ -64,10 +71,29 @@ class SpeculativeGenerate:
         self.why_not = call.why_not
         return result
 
+    def _changed(self) -> str | None:
+        """Why the captured graph no longer says what the model computes; None when it does."""
+        model, graph = self.model, rewritten(self.model).applied.graph  # type: ignore[union-attr]
+        if model.training:
+            return "the model is in training mode"
+        modules = list(model.modules())
+        if len(modules) != self.modules:
+            return "modules were added to the model or taken from it"
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return "the model has forward hooks"
+        present = {id(parameter) for parameter in model.parameters()}
+        for name, parameter in graph.named_parameters():
+            if id(parameter) not in present or self._places.get(name, parameter.data_ptr()) != parameter.data_ptr():
+                return f"{name} was replaced after the rewrite"
+        return None
+
     def _decoder(self) -> Any:
         from subquad.text_generation import decoder_of
 
         decoder = decoder_of(self.model)
+        if not self._places:
+            parameters = rewritten(self.model).applied.graph.named_parameters()  # type: ignore[union-attr]
+            self._places = {name: parameter.data_ptr() for name, parameter in parameters}
         if sum(t.numel() * t.element_size() for t in self.model.parameters()) >= WORTH_COMPILING:
             decoder.compile(wait=False)
         return decoder

@@ -260,3 +260,29 @@ def test_an_assistant_with_another_vocabulary_is_one_sentence(fast: Any) -> None
     assistant.resize_token_embeddings(72)
     with pytest.raises(GenerationError, match="the assistant model has 72 tokens and the model 64"):
         fast.generate(IDS, max_new_tokens=4, assistant_model=assistant)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", ["adapter", "replaced", "moved", "hook", "training"])
+def test_a_model_that_was_changed_decodes_itself(change: str, when: str) -> None:
+    """The decoder was derived from a graph: what is done to the model later must not be ignored silently."""
+    model = tiny_llama(1)
+    fast = subquad.rewrite(model, passes=["fuse", "speculate"], verify=False)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    if when == "after":
+        fast.generate(IDS, **options)
+        assert fast.generate.why_not is None
+    owner = fast.model.layers[0].mlp
+    if change == "adapter":
+        owner.up_proj = torch.nn.Sequential(owner.up_proj, torch.nn.Tanh())
+    elif change == "replaced":
+        owner.up_proj.weight = torch.nn.Parameter(-owner.up_proj.weight.detach())
+    elif change == "moved":
+        owner.up_proj.weight.data = -owner.up_proj.weight.data
+    elif change == "hook":
+        owner.register_forward_hook(lambda module, inputs, output: -output)
+    else:
+        fast.train()
+    want = type(fast).generate(fast, IDS, **options)
+    assert torch.equal(fast.generate(IDS, **options), want)
+    assert (fast.generate.why_not is None) == (change == "moved" and when == "before")
