@@ -17,11 +17,13 @@ from subquad.bound_forward import BoundForward
 from subquad.capture import Capture
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.errors import SubquadError
+from subquad.ir.graph import ancestors, rank_of
 from subquad.ir.loop_rewrite import LOOP, LoopRewrite
 from subquad.ir.plan import Plan
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
+from subquad.ir.vocabulary import kind
 from subquad.owners import owned_captures
 from subquad.replacement import Replacement, learned_tensors, module_of_site, replacement, rewritten_capture
 
@@ -84,7 +86,7 @@ def apply_plan(
     root = capture.root
     replacements = tuple(replacement(root, site, rewrite) for site, rewrite in steps)
     applied = rewritten_capture(capture, replacements)
-    seam = _has_seam(root, replacements) and _all_dispatched(capture, report)
+    seam = _has_seam(root, replacements) and _masks_only_hide(report.sites) and _all_dispatched(capture, report)
     bound = {} if seam else owned_captures(capture, replacements, applied)
     record = Rewritten(capture, applied, replacements, plan, report, bound, loop)
     record.redo = lambda: _bind(root, record)
@@ -139,6 +141,14 @@ def _has_seam(root: nn.Module, replacements: tuple[Replacement, ...]) -> bool:
     ):
         return False
     return bool(type(root)._can_set_attn_implementation())  # type: ignore[attr-defined]
+
+
+def _masks_only_hide(sites: list[Site]) -> bool:
+    """True when the masks over queries and keys are read by the attentions alone: the registry has other masks made."""
+    made = set(ancestors(source for site in sites for source in site.mask_sources))
+    inside = made.union(*(site.absorbed for site in sites), (site.out for site in sites))
+    masks = [node for node in made if node.op != "placeholder" and (rank_of(node) or 0) >= 4]
+    return all(user in inside or kind(user) == "sym_size" for node in masks for user in node.users)
 
 
 def _all_dispatched(capture: Capture, report: Report) -> bool:

@@ -242,3 +242,30 @@ def test_attention_that_goes_past_the_registry_keeps_its_own_masks() -> None:
         subquad.rewrite(model, passes=["fuse"], example_inputs=inputs | {"attention_mask": torch.ones_like(padded)})
         after = model(**inputs).logits
     assert torch.allclose(after, before, atol=1e-5)
+
+
+def test_a_mask_that_more_than_attention_reads_stays_as_it_is() -> None:
+    """NLLB-MoE's routers read hidden tokens off the mask of the attention, which the registry's masks would invert."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    class Layer(LlamaDecoderLayer):
+        def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **rest: Any) -> torch.Tensor:
+            last = ~attention_mask[:, 0, -1].bool()
+            return super().forward(hidden_states, attention_mask=attention_mask, **rest) * last[..., None]
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, attn_implementation="eager")
+    model = LlamaForCausalLM(config).eval()
+    inputs = {"input_ids": torch.randint(3, 64, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    inputs["attention_mask"][0, -3:] = 0
+    assert bound(subquad.rewrite(model, passes=["fuse"], example_inputs={**inputs, "use_cache": False})) == []
+    subquad.restore(model)
+    model.model.layers[0] = Layer(config, 0).eval()
+    with torch.no_grad():
+        before = model(**inputs, use_cache=False).logits
+        fast = subquad.rewrite(model, passes=["fuse"], example_inputs={**inputs, "use_cache": False})
+        assert len(fast.report.applied) == 1
+        assert bound(fast) != []
+        torch.testing.assert_close(model(**inputs, use_cache=False).logits, before)
