@@ -224,7 +224,7 @@ def test_inputs_differ_between_the_two_sizes() -> None:
 def record(**changes: Any) -> dict[str, Any]:
     site = {"path": "layers.0.attention", "source": "m.py:2"}
     path = Path(True, [site, site], [(f"it is {NOT_ATTENTION[0]}", "m.py:1")])
-    made = Outcome("causal:a", "eager", executed=3, export=path).json()
+    made = Outcome("causal:a", "eager", executed=3, attention=2, export=path).json()
     made["export"].update(changes)
     return made
 
@@ -243,7 +243,9 @@ def test_a_site_without_attention_and_an_attention_called_none_are_seen() -> Non
 
 def test_the_table_adds_up_and_names_what_is_missing() -> None:
     row = rows([record(), record(sites=[], failed="ValueError: 3 of x", stage="capture", refusals=[])])[0]
-    assert (row.executed, row.recognised, row.routers, row.failed, row.silent) == (6, 2, 1, 3, 0)
+    assert (row.executed, row.recognised, row.others, row.failed, row.silent) == (6, 2, 1, 3, 0)
+    row = rows([record(sites=[{"path": "a", "source": ""}], refusals=[("a tanh", "m.py:1"), ("a router", "m.py:2")])])[0]
+    assert (row.recognised, row.others, row.refused, row.silent) == (1, 1, 1, 0)
     row = rows([record(refusals=[])])[0]
     assert row.silent == 1
     assert "silently missed" in row.causes

@@ -22,8 +22,8 @@ class Row:
     """One way into the compiler, summed over the architectures whose forward executes a softmax.
 
     architectures: how many were tried this way.  executed: softmaxes and attention calls at run time.  The executed ones
-    are recognised, no attention at all (routers and the like), refused, dead (they reach no output), silently missed, or in an architecture that
-    failed before recognition.  wrong, unused, odd, bound: architectures with a broken contract, with a rewritten forward that
+    are recognised, no attention by the witness (others: routers, poolings, classifiers), refused attention, dead (they reach
+    no output), silently missed, or in an architecture that failed before recognition.  wrong, unused, odd, bound: architectures with a broken contract, with a rewritten forward that
     raised, with other sites than export's, and with one that holds for a part of the sizes tried.  false, denied: sites
     whose softmax was no attention when it ran, and refusals that call one no attention which was.
     """
@@ -32,7 +32,7 @@ class Row:
     architectures: int = 0
     executed: int = 0
     recognised: int = 0
-    routers: int = 0
+    others: int = 0
     refused: int = 0
     dead: int = 0
     silent: int = 0
@@ -48,8 +48,8 @@ class Row:
 
     @property
     def attention(self) -> int:
-        """Executed ones without routers and the like, and without those that reach no output."""
-        return self.executed - self.routers - self.dead
+        """Executed ones that are attention, and reach an output."""
+        return self.executed - self.others - self.dead
 
     def add(self, record: dict[str, Any], way: str) -> None:
         """Count one outcome, a dict as the runner gives it."""
@@ -64,17 +64,17 @@ class Row:
             self.failed_architectures += 1
             self.causes[f"failed in {path['stage']}: {gist(path['failed'])}"].append(name)
             return
-        routers = sum(is_no_attention(reason) for reason, _ in path["refusals"])
         self.recognised += len(sites)
-        self.routers += routers
-        self.refused += len(path["refusals"]) - routers
         for reason, _ in path["refusals"]:
             kind = "no attention" if is_no_attention(reason) else "refused"
             _append(self.causes[f"{kind}: {gist(reason)}"], name)
         missed = executed - len(sites) - len(path["refusals"])
         dead = min(record["unread"], max(0, missed))
         self.dead, missed = self.dead + dead, missed - dead
+        others = executed - dead - max(record["attention"] - dead, len(sites))
+        self.others += others
         self.silent += max(0, missed)
+        self.refused += executed - dead - others - len(sites) - max(0, missed)
         if missed:
             self.causes[f"{'silently missed' if missed > 0 else 'counted more than executed'}"].append(
                 f"{name} ({abs(missed)})"
@@ -137,7 +137,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
     for r in table:
         share = f" ({100 * r.recognised / r.attention:.1f} %)" if r.attention else ""
         lines.append(
-            f"| {r.name} | {r.architectures} | {r.executed} | {r.routers} | {r.dead} | {r.recognised}{share} | {r.refused} | {r.silent} "
+            f"| {r.name} | {r.architectures} | {r.executed} | {r.others} | {r.dead} | {r.recognised}{share} | {r.refused} | {r.silent} "
             f"| {r.failed} ({r.failed_architectures}) | {r.wrong} | {r.unused} | {r.bound} | {r.odd} | {r.false} | {r.denied} |"
         )
     lines += ["", *_totals(records), ""]
