@@ -244,7 +244,9 @@ def test_a_site_without_attention_and_an_attention_called_none_are_seen() -> Non
 def test_the_table_adds_up_and_names_what_is_missing() -> None:
     row = rows([record(), record(sites=[], failed="ValueError: 3 of x", stage="capture", refusals=[])])[0]
     assert (row.executed, row.recognised, row.others, row.failed, row.silent) == (6, 2, 1, 3, 0)
-    row = rows([record(sites=[{"path": "a", "source": ""}], refusals=[("a tanh", "m.py:1"), ("a router", "m.py:2")])])[0]
+    row = rows([record(sites=[{"path": "a", "source": ""}], refusals=[("a tanh", "m.py:1"), ("a router", "m.py:2")])])[
+        0
+    ]
     assert (row.recognised, row.others, row.refused, row.silent) == (1, 1, 1, 0)
     row = rows([record(refusals=[])])[0]
     assert row.silent == 1

@@ -25,6 +25,8 @@ from subquad.recognition import recognise
 
 _INPUT = re.compile(r"\bl_(?:kwargs_|args_)?(\w+?)_(?=\W|$)")
 """How Dynamo names an input of the forward."""
+_SIZE = re.compile(r"\bs\d+\b")
+"""A size in the name of a mask's family, which is a number in a graph whose sizes are fixed."""
 
 
 def site_words(site: Site) -> dict[str, Any]:
@@ -117,6 +119,8 @@ def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], 
     found = []
     for a, b in zip(one, other, strict=True):
         skipped = ("path", "source") if whole else ("path", "source", "mask", "biases")
+        if _SIZE.search(a["mask"]):
+            skipped = (*skipped, "mask")
         odd = [f"{key} {a[key]} ≠ {b[key]}" for key in a if key not in skipped and not _equal(a[key], b[key])]
         if odd:
             found.append(f"{a['path']}: {', '.join(odd)}")
