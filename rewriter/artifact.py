@@ -23,6 +23,7 @@ from subquad.model_source import LoadedModel, open_model, remember_source, sourc
 from subquad.pipeline import rewrite
 from subquad.plan_file import read_plan
 from subquad.private_cache import written_beside
+from subquad.tensor_writing import write_tensors
 from subquad.tokenization import FILES, read_codec
 
 EXAMPLE = "example_inputs.safetensors"
@@ -85,10 +86,8 @@ def _write(model: Any, directory: Path) -> None:
             if why is not None:
                 record.report.notes.append(f"no decoder was stored: {why}")
     else:
-        from safetensors.torch import save_file
-
         example = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in record.original.example.items()}
-        save_file(example, str(directory / EXAMPLE))
+        write_tensors(example, directory / EXAMPLE)
     manifest = {
         "format": FORMAT,
         "plan_hash": record.plan.hash,

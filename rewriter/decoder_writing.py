@@ -20,6 +20,7 @@ from subquad.runtime.graph_file import write_graph
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.schedule_file import write_schedules
 from subquad.step_graph import StepGraph
+from subquad.tensor_writing import write_tensors
 from subquad.token_axis import NotIncremental
 from subquad.weight_storage import form_of, with_groups
 
@@ -48,12 +49,7 @@ def write_decoder(record: Rewritten, model: nn.Module, directory: Path, stored: 
     }
     (directory / GRAPHS).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
     if extra:
-        from safetensors.torch import save_file
-
-        (directory / TENSORS).touch()
-        mode = (directory / TENSORS).stat().st_mode
-        save_file(extra, str(directory / TENSORS))
-        (directory / TENSORS).chmod(mode)
+        write_tensors(extra, directory / TENSORS)
     return None
 
 

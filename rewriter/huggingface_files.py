@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from subquad.tensor_writing import write_tensors
 from subquad.tokenization import TextCodec
 
 
@@ -16,13 +17,8 @@ def write_weights(model: torch.nn.Module, path: Path) -> set[str]:
 
     Tied tensors are written once, under their first name.
     """
-    from safetensors.torch import save_file
-
     state = untied_state(model)
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(state, str(path), metadata={"format": "pt"})
-    path.chmod(mode)
+    write_tensors(state, path, {"format": "pt"})
     return set(state)
 
 

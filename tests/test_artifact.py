@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +171,17 @@ def test_full_disk_leaves_the_old_artifact_whole(
     assert listing(out) == before
     fails(ArtifactError, subquad.save, model, tmp_path / "fresh")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tiny-llama") == ["out"]
+
+
+def test_what_the_disk_refuses_is_one_sentence(fast: torch.nn.Module, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        text = fails(ArtifactError, subquad.save, fast, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.strerror(errno.EFBIG) in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_save_leaves_nothing(

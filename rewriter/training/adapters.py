@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from subquad.ir.errors import ConversionError
+from subquad.tensor_writing import write_tensors
 
 NAME = "default"
 
@@ -84,11 +85,9 @@ class Adapters:
 
     def save(self, directory: Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json as peft reads them."""
-        from safetensors.torch import save_file
-
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"base_model.model.{name}.weight": p.detach().contiguous() for name, p in self.parameters.items()}
-        save_file(tensors, str(directory / "adapter_model.safetensors"))
+        write_tensors(tensors, directory / "adapter_model.safetensors")
         self.config.save_pretrained(str(directory))
 
 

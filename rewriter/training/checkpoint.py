@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad.ir.errors import ConversionError
+from subquad.tensor_writing import write_tensors
 
 FORMAT = 1
 INDEX = "conversion.json"
@@ -64,13 +65,11 @@ class Checkpoint:
 
     def store(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
         """Make this the stored state; raises ConversionError when the disk is full, and the state before stays."""
-        from safetensors.torch import save_file
-
         name = f"{progress.stage}-{progress.batch}.safetensors"
         fresh = self.directory / (name + ".new")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, str(fresh))
+            write_tensors({key: value.detach().contiguous().clone() for key, value in tensors.items()}, fresh)
             _flush(fresh)
             os.replace(fresh, self.directory / name)
             index = self.directory / (INDEX + ".new")
