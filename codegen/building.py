@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.codegen.cache import load, store
+from subquad.codegen.schedule import on_target
 from subquad.codegen.source import arguments, emit
 from subquad.codegen.text import STRIDE
 from subquad.ir.kernel_spec import KernelSpec
@@ -50,7 +50,7 @@ def build(kernel_spec: KernelSpec, target: str | None = None) -> BuildReport:
     target = target or kernel_spec.target
     if target not in SHARED_LIMITS:
         raise ValueError(f"The target {target!r} is unknown; choose one of {', '.join(SHARED_LIMITS)}.")
-    kernel_spec = dataclasses.replace(kernel_spec, target=target)
+    kernel_spec = on_target(kernel_spec, target)
     try:
         import triton
         from triton.backends.compiler import GPUTarget

@@ -16,6 +16,10 @@ SOFTMAX_REGISTERS = 130
 """The same for softmax kernels, whose tiles of pointers take more of the rest."""
 
 
+WAVES = 4
+"""Most waves of 64 of a program on AMD: with more, each may use half as many registers."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A chunk of tokens (or block of query rows), the width of a block of values (or keys), warps of a program; other
@@ -146,4 +150,10 @@ def scheduled(spec: KernelSpec, schedule: Schedule | None = None) -> KernelSpec:
         and Parts(spec).whole_rows
     ):
         block = max(16, pad(spec.value_dim))
-    return replace(spec, block_q=chosen.chunk, block_kv=block, num_warps=warps)
+    return on_target(replace(spec, block_q=chosen.chunk, block_kv=block, num_warps=warps), spec.target)
+
+
+def on_target(spec: KernelSpec, target: str) -> KernelSpec:
+    """A scheduled spec for another target, whose programs may have other limits."""
+    warps = min(spec.num_warps, WAVES) if target.startswith("hip") else spec.num_warps
+    return replace(spec, target=target, num_warps=warps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.codegen.running import dtype_name, launch, processors, target_of
-from subquad.codegen.schedule import Schedule, softmax_schedule
+from subquad.codegen.schedule import Schedule, scheduled, softmax_schedule
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import SoftmaxSpec
 from subquad.kernels.segments import check, join, segments
@@ -64,9 +64,7 @@ def softmax_forward(given: Arguments, schedule: Schedule | None = None) -> tuple
     for spec, values, chosen, grid, count in plans:
         kept = tuple(flag for flag in spec.flags if not (partial and flag == "sinks"))
         flags = (*kept, *(("partial",) if partial else ()))
-        named = dataclasses.replace(
-            spec, flags=flags, block_q=chosen.chunk, block_kv=chosen.block, num_warps=chosen.warps
-        )
+        named = scheduled(dataclasses.replace(spec, flags=flags), chosen)
         blocks = -(-count // chosen.block)
         each = -(-blocks // grid[2]) * chosen.block
         launch(
@@ -148,9 +146,7 @@ def softmax_backward(
     for part in ("grad_queries", "grad_keys"):
         chosen = schedule or softmax_schedule(dataclasses.replace(spec, part=part), q_len)
         values["q_blocks"] = -(-q_len // chosen.chunk)
-        named = dataclasses.replace(
-            spec, part=part, block_q=chosen.chunk, block_kv=chosen.block, num_warps=chosen.warps
-        )
+        named = scheduled(dataclasses.replace(spec, part=part), chosen)
         grid = (
             (values["q_blocks"], batch * heads)
             if part == "grad_queries"
