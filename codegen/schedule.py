@@ -66,6 +66,11 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         "step": blocks * state + 4 * 16 * tile,
     }
     found = counts.get(part, 0)
+    if found and parts.spec.feature_dim:
+        sides = 2 if part in ("output", "step") else 1
+        found += (sides * pad(parts.spec.feature_dim) + chunk) * pad(parts.spec.key_dim)
+    if part == "output" and parts.what.window:
+        found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
     found = 2 * found + 8 * rows if channel and found else found
     return 2 * found if parts.spec.dtype == "float32" else found
 

@@ -1,6 +1,7 @@
 """Tests generated sources, their cache, their schedules, and building them ahead of time for GPUs that are not there."""
 
 import dataclasses
+import importlib
 import json
 import os
 import stat
@@ -201,3 +202,27 @@ def test_import_touches_no_driver_and_needs_no_triton():
     code = "import sys, subquad.codegen; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(("outcome", "said"), [(0.5, "differs"), (RuntimeError("no ptxas"), "no ptxas"), (1e-6, "")])
+def test_a_kernel_that_fails_its_check_is_never_used_and_says_so_once(outcome, said, monkeypatch, recwarn):
+    pytest.importorskip("triton")
+    q = torch.randn(1, 3, 2, 8)
+    given = {"q": q, "k": [q], "v": [q], "spec": SoftmaxSpec(0.1).json()}
+    calls = []
+
+    def check(*arguments):
+        calls.append(arguments)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    provider = importlib.import_module("subquad.codegen.provider")
+    monkeypatch.setattr(provider, "softmax_error", check)
+    monkeypatch.setattr(provider, "_trusted", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    found = [provider._trust("softmax_attention", given) for _ in range(2)]
+    assert found == [not said] * 2
+    assert len(calls) == 1
+    assert len(recwarn) == bool(said)
+    assert not said or ("a GPU" in str(recwarn[0].message) and said in str(recwarn[0].message))

@@ -70,6 +70,7 @@ THOROUGH += [
     recurrence((2, 2, 12, 9, 21), decay="additive", grad=True, padded=True),
     recurrence((2, 2, 12, 9, 37), decay="channel", decay_scale=30.0, padded=True, cut=34, steps=True, grad=True),
     recurrence((2, 2, 12, 9, 20), ("relu(x)",), feature_map_k=("exp(x)",), normaliser="sum", grad=True),
+    recurrence((2, 1, 12, 9, 20), ("x / sqrt(sum(x * x) + 1e-6)",), update="delta", grad=True, cut=18, steps=True),
     recurrence((4, 2, 12, 9, 50), ("softmax(x @ w0)",), normaliser="sum", window=16, padded=True),
     recurrence((4, 2, 12, 9, 20), ("softmax(x)",), normaliser="sum", window=40, sinks=3),
     recurrence((4, 2, 12, 9, 37), decay="token", window=8, branch="convex", padded=True),

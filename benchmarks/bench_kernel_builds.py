@@ -1,0 +1,72 @@
+"""Builds every kernel of the common operators for all targets: registers, spills, shared memory, and the time it takes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+import machine
+from gpu_cases import RECURRENCES, SOFTMAXES
+
+from subquad.codegen import SHARED_LIMITS, build_all, operator_kernels
+from subquad.ir.kernel_spec import KernelSpec
+from subquad.kernels import RecurrenceSpec
+
+
+def bases(size: int, dtype: str) -> dict[str, KernelSpec]:
+    """One base spec per operator of benchmarks/gpu.py, with heads of `size`."""
+    found = {}
+    for name, softmax in SOFTMAXES.items():
+        tables = ("int64",) if "t0" in (softmax.mask or "") else ()
+        found[f"softmax: {name}"] = KernelSpec("softmax_attention", softmax.json(), dtype, size, size, tables=tables)
+    for name, what in RECURRENCES.items():
+        found[f"recurrence: {name}"] = recurrence(what, size, dtype)
+    return found
+
+
+def recurrence(what: RecurrenceSpec, size: int, dtype: str) -> KernelSpec:
+    """The base spec of a recurrence; feature weights are square, windows have a gate."""
+    hidden = size if any("@" in text for text in what.feature_map) else 0
+    return KernelSpec("recurrence", what.json(), dtype, size, size, hidden, flags=("gate",) if what.window else ())
+
+
+def main() -> None:
+    """Build, then print one row per operator and target."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=64, help="size of a head")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--targets", nargs="*", default=list(SHARED_LIMITS))
+    parser.add_argument("--only", default="", help="operators whose name contains this")
+    chosen = parser.parse_args()
+    print(machine.line())
+    chosen_bases = {name: base for name, base in bases(chosen.size, chosen.dtype).items() if chosen.only in name}
+    jobs = [
+        (name, spec, target)
+        for name, base in chosen_bases.items()
+        for spec in operator_kernels(base)
+        for target in chosen.targets
+    ]
+    unique = list(dict.fromkeys((spec, target) for _, spec, target in jobs))
+    begin = time.perf_counter()
+    made = dict(zip(unique, build_all(unique), strict=True))
+    took = time.perf_counter() - begin
+    print(f"{len(unique)} kernels in {took:.0f} s on {len(os.sched_getaffinity(0))} cores\n")
+    print("| operator | target | kernels | most registers | spilling | most shared bytes | of the limit |")
+    print("|---|---|---|---|---|---|---|")
+    for name in chosen_bases:
+        for target in chosen.targets:
+            reports = [made[spec, target] for one, spec, where in jobs if one == name and where == target]
+            spilling = [
+                spec.part for one, spec, where in jobs if one == name and where == target and made[spec, target].spills
+            ]
+            shared = max(report.shared_bytes for report in reports)
+            registers = max(report.registers or 0 for report in reports)
+            told = ", ".join(sorted(set(spilling))) or "none"
+            print(
+                f"| {name} | {target} | {len(reports)} | {registers} | {told} | {shared} | {shared / SHARED_LIMITS[target]:.0%} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
