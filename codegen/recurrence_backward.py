@@ -187,7 +187,7 @@ a = $triangle
 sunk = $sunk
 dq = $risen + $left
 dk_last = sunk * dk
-dk = $sunk_grad + $right
+dk = tl.where(key_ok[:, None], $sunk_grad + $right, 0.0)
 $dG
 tl.store(dq_ptr + tile, dq, mask=tile_ok)
 tl.store(dk_ptr + tile, dk, mask=tile_ok)
