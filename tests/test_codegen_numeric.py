@@ -39,6 +39,7 @@ QUICK = [
     recurrence((2, 1, 12, 9, 19), decay="token", grad=True, state=True, padded=True),
     recurrence((2, 2, 12, 9, 21), LOLCATS, normaliser="sum", window=8, sinks=2),
     recurrence((1, 1, 12, 9, 35), decay="token", update="delta", alike=True, cut=33, steps=True),
+    recurrence((1, 1, 12, 9, 19), ("relu(x) + 0.1",), decay="token", normaliser="sum", grad=True, padded=True),
     recurrence((1, 1, 12, 9, 19), decay="token", update="delta", grad=True),
     recurrence((1, 1, 12, 9, 19), decay="channel", decay_scale=30.0),
 ]
@@ -55,7 +56,16 @@ THOROUGH += [
     softmax((6, 2, 80, 40, 1, 50)),
 ]
 THOROUGH += [
-    recurrence((2, 1, 12, 9, 37), decay=decay, update=update, normaliser=normaliser, grad=True, padded=True, state=True)
+    recurrence(
+        (2, 1, 12, 9, 37),
+        ("relu(x) + 0.1",),
+        decay=decay,
+        update=update,
+        normaliser=normaliser,
+        grad=True,
+        padded=True,
+        state=True,
+    )
     for decay in ("none", "head", "token", "channel")
     for update in ("add", "delta")
     for normaliser in ("none", "sum")
