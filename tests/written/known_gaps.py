@@ -10,6 +10,7 @@ EDGES = (
 HINT = (
     "is_causal=(length > 1) is a number that the capture fixes, and the length with it: other lengths run the original"
 )
+SUMMED = "a row sum by einsum is read where unsqueeze puts its axis back, not where [..., None] or core ATen does"
 MAPPED = "torch.export makes a constant of what a vmap inside a vmap maps, and the capture is refused with the line"
 
 GAPS: dict[tuple[str, str], str] = {
@@ -23,6 +24,7 @@ GAPS: dict[tuple[str, str], str] = {
         for d in ("export", "verified")
     },
     **{("mapped over samples and heads", d): MAPPED for d in ("export", "verified", "core")},
+    **{("sum by einsum", d): SUMMED for d in ("dynamo", "core")},
     ("self, flash", "export"): HINT,
     ("self, flash", "verified"): HINT,
 }
