@@ -79,7 +79,7 @@ class SpeculativeGenerate:
         modules = list(model.modules())
         if len(modules) != self.modules:
             return "modules were added to the model or taken from it"
-        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        if any(_hooked(module) for module in modules):
             return "the model has forward hooks"
         present = {id(parameter) for parameter in model.parameters()}
         for name, parameter in graph.named_parameters():
@@ -97,6 +97,12 @@ class SpeculativeGenerate:
         if sum(t.numel() * t.element_size() for t in self.model.parameters()) >= WORTH_COMPILING:
             decoder.compile(wait=False)
         return decoder
+
+
+def _hooked(module: Any) -> bool:
+    """True for hooks of the user's; those by which Hugging Face collects attentions stay on the modules and do nothing."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _left(config: Any, kwargs: dict[str, Any]) -> str | None:

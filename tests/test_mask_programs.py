@@ -17,24 +17,29 @@ deterministic = settings(
 )  # fmt: skip
 
 
-def _check(what: list[Program]) -> None:
-    found, proved = disagreement(traced(what), SIZES)
-    assert not found, found
-    assert proved
+def _check(examples: int, together: int) -> None:
+    """Formulas are compared in every example; most tensors must have one, so that there is something to compare."""
+    proved: list[int] = []
+
+    @settings(deterministic, max_examples=examples)
+    @given(st.lists(programs, min_size=together, max_size=together))
+    def run(what: list[Program]) -> None:
+        found, count = disagreement(traced(what), SIZES)
+        assert not found, found
+        proved.append(count)
+
+    run()
+    assert sum(proved) > len(proved)
 
 
-@settings(deterministic, max_examples=15)
-@given(st.lists(programs, min_size=5, max_size=5))
-def test_every_tensor_of_a_random_program_equals_its_formula(what: list[Program]) -> None:
-    _check(what)
+def test_every_tensor_of_a_random_program_equals_its_formula() -> None:
+    _check(15, 5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(deterministic, max_examples=400)
-@given(st.lists(programs, min_size=6, max_size=6))
-def test_every_tensor_of_many_random_programs_equals_its_formula(what: list[Program]) -> None:
-    _check(what)
+def test_every_tensor_of_many_random_programs_equals_its_formula() -> None:
+    _check(400, 6)
 
 
 WRONG = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch._decomp import get_decompositions
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -17,6 +18,8 @@ from torch.utils import _pytree as pytree
 from subquad.ir.graph import attribute, hang, value_of
 
 Node = torch.fx.Node
+FUSED = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu]
+"""Kernels that SDPA becomes where it is not kept whole; as matrix products and a softmax they are read like any other."""
 HELD = "_subquad_traced"
 """Prefix of the attributes that hold constants made while tracing."""
 
@@ -48,7 +51,8 @@ def retrace(
 
     mode = tracing_mode(module)
     with mode, torch.no_grad(), preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=composite)(*(_fake(module, node, mode) for node in given))
+        table = None if composite else get_decompositions(FUSED)
+        traced = make_fx(run, table, pre_dispatch=composite)(*(_fake(module, node, mode) for node in given))
     _splice(module, chosen[-1], given, read, traced)
     for node in reversed(chosen):
         module.graph.erase_node(node)

@@ -37,8 +37,13 @@ def splits(frame: Frame, operands: tuple[IndexMap, ...]) -> Iterator[Parts]:
 
 
 def is_head(frame: Frame, place: int, operands: tuple[IndexMap, ...]) -> bool:
-    """True for an axis of fixed size that the operands do not count with tokens, and that one of them splits off features."""
+    """True for an axis of fixed size that the operands do not count with tokens, and that one of them splits off features.
+
+    Not for one that an operand reads as a batch and a head.
+    """
     if not isinstance(frame.shape[place], int) or is_one(frame.shape[place]):
+        return False
+    if any(_is_two(step, digit(place)) for operand in operands for step in _walk(frame, operand)):
         return False
     tokens = {digit(n) for n in (frame.query, frame.key) if n is not None}
     beside = False
@@ -67,6 +72,14 @@ def _divisors(steps: list[IndexMap], index: sympy.Symbol) -> list[sympy.Basic]:
                 if part.args[0] == index and part.args[1] not in found:
                     found.append(part.args[1])
     return found
+
+
+def _is_two(step: IndexMap, index: sympy.Symbol) -> bool:
+    """True when the tensor has the quotient of an index on one axis and its remainder on another."""
+    parts = [{part for part in formula.atoms(FloorDiv, sympy.Mod) if part.args[0] == index} for formula in step.indices]
+    quotients = {part.args[1] for found in parts for part in found if isinstance(part, FloorDiv)}
+    remainders = {part.args[1] for found in parts for part in found if isinstance(part, sympy.Mod)}
+    return bool(quotients & remainders)
 
 
 def _sizes(frame: Frame, steps: list[IndexMap], place: int, inner: sympy.Basic) -> tuple[Any, Any] | None:

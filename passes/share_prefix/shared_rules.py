@@ -34,7 +34,7 @@ def transfer(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
 
 def _by_kind(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     name = kind(node)
-    rule = RULES.get(name) or NAMED.get(_operation(node))
+    rule = RULES.get(name) or (NAMED.get(_operation(node)) if name or _is_aten(node) else None)
     if rule is not None:
         return rule(node, claims, batch)
     if trace_view(IndexMap(node, _marks(node))) is not None:
@@ -42,6 +42,10 @@ def _by_kind(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     if _is_pointwise(node):
         return _pointwise(node, claims, batch)
     return None
+
+
+def _is_aten(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
 
 
 def _operation(node: Node) -> str:
