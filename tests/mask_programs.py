@@ -382,7 +382,8 @@ def evaluated(
         if isinstance(e, sympy.Not):
             return ~parts[0]
         if isinstance(e, Where):
-            return torch.where(parts[0], parts[1].double(), parts[2].double())
+            whole = not any(part.dtype.is_floating_point for part in parts[1:])
+            return torch.where(parts[0], *(part.long() if whole else part.double() for part in parts[1:]))
         if isinstance(e, FloorDiv):
             return torch.div(*parts, rounding_mode="floor")
         if isinstance(e, sympy.Mod):
