@@ -12,6 +12,7 @@ HINT = (
 )
 SUMMED = "a row sum by einsum is read where unsqueeze puts its axis back, not where [..., None] or core ATen does"
 MAPPED = "torch.export makes a constant of what a vmap inside a vmap maps, and the capture is refused with the line"
+STACKED = "groups repeated by torch.stack are not peeled off once decomposed: as many key heads as query heads"
 
 GAPS: dict[tuple[str, str], str] = {
     ("mha, other widths", "core"): WIDTHS,
@@ -25,6 +26,7 @@ GAPS: dict[tuple[str, str], str] = {
     },
     **{("mapped over samples and heads", d): MAPPED for d in ("export", "verified", "core")},
     **{("sum by einsum", d): SUMMED for d in ("dynamo", "core")},
+    ("paired rotary, stacked groups", "core"): STACKED,
     ("self, flash", "export"): HINT,
     ("self, flash", "verified"): HINT,
 }
