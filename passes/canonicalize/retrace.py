@@ -51,7 +51,7 @@ def retrace(
 
     mode = tracing_mode(module)
     with mode, torch.no_grad(), preserve_node_meta():
-        table = None if composite else get_decompositions(FUSED)
+        table: Any = None if composite else get_decompositions(FUSED)
         traced = make_fx(run, table, pre_dispatch=composite)(*(_fake(module, node, mode) for node in given))
     _splice(module, chosen[-1], given, read, traced)
     for node in reversed(chosen):
