@@ -80,8 +80,10 @@ def print_sites(report: Report) -> None:
         )  # fmt: skip
     columns = ["#sites", "path", "origin", "phase", "mask", "#scale", "#heads / KV", "#dim", "also"]
     print_table("Attention", columns, rows)
-    print_table("Loops", ["path", "origin", "state", "sampler", "stop"],
-                [[x.path or "<root>", x.origin, ", ".join(x.state), x.sampler, x.stop] for x in report.loops])  # fmt: skip
+    loops = [
+        [x.path or "<root>", x.origin, ", ".join(x.state), x.sampler, ", ".join(map(str, x.stop))] for x in report.loops
+    ]
+    print_table("Loops", ["path", "origin", "state", "sampler", "stop"], loops)
     print_table("Prefixes", ["path", "columns", "groups"],
                 [[x.path or "<root>", x.columns, x.groups] for x in report.prefixes])  # fmt: skip
 
