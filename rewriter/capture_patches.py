@@ -18,7 +18,8 @@ def capturable() -> Iterator[None]:
 
     The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA; masks
     are not compared with the causal one, which is only a hint beside the mask itself; a checkpointed region is an ordinary
-    call, since nothing is recomputed without a backward pass; a module that moves itself to where it is stays.
+    call, since nothing is recomputed without a backward pass; a module that moves itself to where it is stays; a condition
+    on a length, as in `is_causal=length > 1`, is decided for the lengths that the capture holds for.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -28,6 +29,8 @@ def capturable() -> Iterator[None]:
         stack.callback(setattr, log, "disabled", log.disabled)
         log.disabled = True
         stack.enter_context(mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", _hinted))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _decided(attend)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", _moved_if_needed(torch.nn.Module.to)))
         yield
 
@@ -35,6 +38,18 @@ def capturable() -> Iterator[None]:
 def _hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
     """The hint that the caller gave, and none where it gave none."""
     return is_causal is True
+
+
+def _decided(attend: Any) -> Any:
+    """SDPA whose `is_causal` may be a symbolic truth value, which torch's own parser refuses."""
+
+    @functools.wraps(attend)
+    def call(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: Any = False, **rest: Any
+    ) -> Any:
+        return attend(query, key, value, attn_mask, dropout_p, bool(is_causal), **rest)
+
+    return call
 
 
 def _moved_if_needed(move: Any) -> Any:

@@ -10,7 +10,7 @@ import sympy
 import torch
 import torch.fx
 
-from subquad.ir.graph import shape_of, value_of
+from subquad.ir.graph import dtype_of, shape_of, value_of
 from subquad.ir.mask import FloorDiv
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.mixed_radix import quotient_and_rest
@@ -40,7 +40,7 @@ def trace_view(start: IndexMap) -> IndexMap | None:
             a = {"dim": arguments(base)["dim"], "index": a["index"]}
             name, base = "select", arguments(base)["x"]
         shape = shape_of(base)
-        if shape is None:
+        if shape is None or dtype_of(base) != dtype_of(node):  # the same bits read as another dtype
             return None
         moved = _STEPS[name](a, indices, shape, shape_of(node) or ())
         return None if moved is None else IndexMap(base, moved)

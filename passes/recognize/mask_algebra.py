@@ -14,6 +14,7 @@ from subquad.ir.mask import Table
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize import mask_factories, mask_parts, mask_pointwise, mask_sums, mask_views  # noqa: F401
 from subquad.passes.recognize.constant_tensor import read_constant
+from subquad.passes.recognize.mask_bounds import Bounds
 from subquad.passes.recognize.mask_choice import NoFormula
 from subquad.passes.recognize.mask_rules import RULES, Operation
 from subquad.passes.recognize.mask_writes import written_nodes
@@ -27,10 +28,11 @@ LARGEST_FORMULA = 400
 class MaskAlgebra:
     """Formulas of a graph's tensors, each computed once.
 
-    A formula equals its tensor at every index, for every size and every input; integers are taken to stay below 2^31 and
-    positions below 2^20.  What has no rule becomes a table: an uninterpreted function of the tensor's own indices, which is
-    always true and costs only precision.  So does a tensor whose memory some operation of the graph writes to.  `tables`
-    maps each function's name to its node.
+    A formula equals its tensor at every index, for every size and every input; integers that are inputs are taken to stay
+    within `mask_bounds.GIVEN`, positions below 2^20.  What has no rule, and what may overflow, becomes a table: an
+    uninterpreted function of the tensor's own indices, which is always true and costs only precision.  So does a tensor
+    whose memory some operation of the graph writes to.  `tables` maps each function's name to its node; the function's
+    `bound` is the largest magnitude that an element can have.
     """
 
     def __init__(self, module: torch.fx.GraphModule, tensors: Mapping[Node, torch.Tensor] | None = None) -> None:
@@ -39,6 +41,7 @@ class MaskAlgebra:
         self.tables: dict[str, Table] = {}
         self._known: dict[Node, SymbolicTensor] = {}
         self._written = written_nodes(module.graph)
+        self._bounds = Bounds(self._constant, self._written)
 
     def formula(self, node: Node) -> SymbolicTensor:
         """The formula of a tensor node; raises TypeError when the node holds no tensor."""
@@ -109,11 +112,13 @@ class MaskAlgebra:
         name = node.name
         self.tables[name] = Table(name, node, len(shape))
         indices = tuple(sympy.S.Zero if is_one(size) else axis(n) for n, size in enumerate(shape))
-        dtype = dtype_of(node)
-        whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
-        function = sympy.Function(name, integer=True) if whole else sympy.Function(name, real=True)
+        bound = self._bounds.of(node)
+        if bound <= 1 << 63:
+            function = sympy.Function(name, integer=True, bound=bound)
+        else:  # floats, and integers that int64 does not hold
+            function = sympy.Function(name, real=True)
         expression: sympy.Basic = function(*indices) if indices else function(sympy.S.Zero)
-        if dtype == torch.bool:
+        if dtype_of(node) == torch.bool:
             expression = sympy.Ne(expression, 0)
         return SymbolicTensor(expression, shape)
 

@@ -1,11 +1,10 @@
 """What is exact in which dtype: arithmetic and comparisons of leaves, done as the tensor's own operation does them.
 
 Numbers are computed by running the operation itself on one element of each tensor's dtype.  Formulas of indices and tables
-are integers.  Ids are taken to stay below 2^31, below 2^30 in int32; what then may overflow is no formula.  float32 and
-float64 hold linear formulas of indices with factors up to 16, below 2^20 positions.  A table's element may round in a floating
-dtype; then only a comparison with a small number is exact, because rounding keeps the order and small integers do not round.
-Narrower integers wrap around and half precision rounds at 256, so there only numbers and a tensor's own elements are
-formulas.
+are integers; what may overflow, by the bounds of the tables, is no formula.  float32 and float64 hold formulas of indices below
+2^24.  A table's element may round in them; then only a comparison with a small number is exact, because rounding keeps the
+order and small integers do not round.  Narrower integers wrap around and half precision rounds at 256, so there only numbers
+and a tensor's own elements are formulas.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ import sympy
 import torch
 import torch.fx
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from torch.fx.node import map_arg
 
 from subquad.ir.graph import dtype_of, rank_of, value_of
 from subquad.ir.mask import FloorDiv
+from subquad.passes.recognize.mask_bounds import POSITIONS
 from subquad.passes.recognize.mask_choice import NoFormula
-from subquad.passes.recognize.mask_relation import never_negative, python_number, reads, relate
+from subquad.passes.recognize.mask_relation import negate, never_negative, python_number, reads, relate
 
 Node = torch.fx.Node
 
 WIDE_INTEGERS = (torch.int64, torch.int32)
 WIDE_FLOATS = (torch.float64, torch.float32)
-SMALL = {torch.float64: 1 << 20, torch.float32: 1 << 20, torch.float16: 64, torch.bfloat16: 16}
-"""Integers up to here, and four times as far, are exact in the dtype."""
-LARGEST_FACTOR = 16
-POSITIONS = 1 << 20
-ELEMENTS = {torch.int64: 1 << 31, torch.int32: 1 << 30}
-"""Below these are positions, and ids as each dtype holds them."""
+SMALL = 1 << 20
+"""Integers up to here, and four times as far, are exact in the wide floats."""
+EXACT_FLOAT = 1 << 24
 LARGEST_DIVISOR = 1024
+LAST = (1 << 63) - 1
 
 
 def number(value: Any) -> sympy.Basic:
@@ -70,18 +69,20 @@ def stored(value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
 
 
 def is_index(value: sympy.Basic) -> bool:
-    """True for an integer formula of indices and sizes, linear with small factors: below 2^24 for positions below 2^20."""
+    """True for an integer formula of indices and sizes alone, below 2^24 for positions below 2^20."""
+    return _is_linear(value) and largest(value) <= EXACT_FLOAT
+
+
+def _is_linear(value: sympy.Basic) -> bool:
     if value.is_Integer:
-        return bool(abs(value) <= 1 << 20)
+        return True
     if value.is_Symbol:
         return bool(value.is_integer)
     if isinstance(value, sympy.Add | FloorDiv | sympy.Mod | sympy.Abs | sympy.Max | sympy.Min):
-        return all(is_index(part) for part in value.args)
+        return all(_is_linear(part) for part in value.args)
     if isinstance(value, sympy.Mul):
-        factors = [part for part in value.args if part.is_number]
-        rest = [part for part in value.args if not part.is_number]
-        small = all(part.is_Integer and abs(part) <= LARGEST_FACTOR for part in factors)
-        return small and len(rest) == 1 and is_index(rest[0])
+        rest = [part for part in value.args if not part.is_Integer]
+        return len(rest) == 1 and _is_linear(rest[0])
     return False
 
 
@@ -90,24 +91,24 @@ def is_integer(value: sympy.Basic) -> bool:
     return bool(value.is_integer) and all(element.is_integer for element in reads(value))
 
 
-def near_element(value: sympy.Basic, most: int) -> bool:
-    """True for ± one integer table's element plus a number of at most `most`."""
+def near_element(value: sympy.Basic) -> bool:
+    """True for ± one integer table's element plus a small number."""
     constant, rest = value.as_coeff_Add()
     element = -rest if rest.could_extract_minus_sign() else rest
     return bool(
-        isinstance(element, AppliedUndef) and element.is_integer and constant.is_Integer and abs(constant) <= most
+        isinstance(element, AppliedUndef) and element.is_integer and constant.is_Integer and abs(constant) <= SMALL
     )
 
 
-def largest(value: sympy.Basic, index: int, element: int) -> float:
-    """A bound on the magnitude of an integer formula whose indices and sizes, and tables' elements, are below these."""
+def largest(value: sympy.Basic) -> float:
+    """A bound on the magnitude of an integer formula, from those of its tables, for indices and sizes below 2^20."""
     if value.is_number:
         return abs(python_number(value))
     if value.is_Symbol:
-        return index
+        return POSITIONS
     if isinstance(value, AppliedUndef):
-        return element
-    parts = [largest(part, index, element) for part in value.args]
+        return getattr(value.func, "bound", math.inf)  # type: ignore[no-any-return]
+    parts = [largest(part) for part in value.args]
     if isinstance(value, sympy.Add):
         return sum(parts)
     if isinstance(value, sympy.Mul):
@@ -128,51 +129,60 @@ def kept(value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
         return stored(value, dtype)
     if not is_integer(value):
         raise NoFormula
-    if dtype in WIDE_INTEGERS:
-        if largest(value, POSITIONS, ELEMENTS[dtype]) > torch.iinfo(dtype).max:
-            raise NoFormula
+    if dtype in WIDE_INTEGERS and largest(value) <= torch.iinfo(dtype).max:
         return value
-    if dtype in WIDE_FLOATS and is_index(value):
-        return value
-    if dtype in SMALL and near_element(value, SMALL[dtype]):
+    if dtype in WIDE_FLOATS and (is_index(value) or near_element(value)):
         return value
     raise NoFormula
 
 
 ABSORBING = 1e30
-"""Integers below 2^31 are less than half a unit in the last place of numbers beyond this, in float64 too."""
+"""Integers below 2^45 are less than half a unit in the last place of numbers beyond this, in float64 too."""
 
 
 def absorbs(number: sympy.Basic, other: sympy.Basic, dtype: torch.dtype) -> bool:
-    """True when adding an index or an integer table's element leaves a number as it is, because it is so far from zero."""
-    small = is_index(other) or near_element(other, 1 << 20)
+    """True when adding an integer formula leaves a number as it is, because it is so far from zero."""
+    small = is_integer(other) and largest(other) < 1 << 45
     return bool(small and dtype in WIDE_FLOATS and number.is_finite and abs(python_number(number)) >= ABSORBING)
 
 
 def compared(relation: str, a: sympy.Basic, b: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
     """The comparison of two leaves in the dtype that both are converted to.
 
-    Raises NoFormula when the conversion may change the answer.
+    Raises NoFormula when the conversion, or the normal form's own arithmetic, may change the answer.
     """
     if not (is_integer(a) or a.is_number) or not (is_integer(b) or b.is_number):
         raise NoFormula
     given = a, b
     a, b = (stored(side, dtype) if side.is_number else side for side in (a, b))
-    if not dtype.is_floating_point:
-        return relate(relation, a, b)
-    if dtype not in WIDE_FLOATS and relate(relation, a, b) != relate(relation, *given):
+    if dtype.is_floating_point:
+        _require_exact(relation, (a, b), given, dtype)
+    found = relate(relation, a, b)
+    if not all(_is_evaluable(part) for condition in (found, negate(found)) for part in condition.atoms(Relational)):
+        raise NoFormula
+    return found
+
+
+def _is_evaluable(comparison: sympy.Basic) -> bool:
+    """True when no side of a comparison overflows int64 where it is computed; a table's own element never does."""
+    if isinstance(comparison, sympy.Eq | sympy.Ne):
+        return True  # sides that lie less than 2^64 apart are equal exactly where their remainders are
+    return all(isinstance(side, AppliedUndef) or largest(side) <= LAST for side in comparison.args)
+
+
+def _require_exact(
+    relation: str, sides: tuple[sympy.Basic, sympy.Basic], given: tuple[sympy.Basic, sympy.Basic], dtype: torch.dtype
+) -> None:
+    if dtype not in WIDE_FLOATS and relate(relation, *sides) != relate(relation, *given):
         raise NoFormula  # some devices compare half precision with a number that they do not round
-    for side, other in ((a, b), (b, a)):
+    for side, other in (sides, sides[::-1]):
         if side.is_number or (dtype in WIDE_FLOATS and is_index(side)):
             continue
-        if dtype not in SMALL or not near_element(side, SMALL[dtype]) or not other.is_number:
+        if dtype not in WIDE_FLOATS or not near_element(side) or not other.is_number:
             raise NoFormula
         plain = python_number(other)
-        if math.isfinite(plain) and abs(plain) > 4 * SMALL[dtype]:
+        if math.isfinite(plain) and abs(plain) > 4 * SMALL:
             raise NoFormula
-        if math.isinf(plain) and dtype == torch.float16:
-            raise NoFormula
-    return relate(relation, a, b)
 
 
 def common_dtype(values: tuple[Any, ...]) -> torch.dtype:

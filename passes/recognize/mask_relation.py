@@ -83,6 +83,8 @@ def _at_least(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
     positive, negative, constant = _sides(difference)
     if positive == 0:
         return sympy.Le(negative, constant)
+    if reads(negative) and negative != 0 and not reads(positive):
+        return sympy.Ge(positive + constant, negative)
     return sympy.Ge(positive, negative - constant)
 
 

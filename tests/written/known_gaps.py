@@ -7,9 +7,6 @@ NESTED = "the original takes nested tensors and leaves padded rows zero; capture
 EDGES = (
     "of inputs [B, N, N] and [B, N, N, 3] only two axes become symbolic: other N than the example's run the original"
 )
-HINT = (
-    "is_causal=(length > 1) is a number that the capture fixes, and the length with it: other lengths run the original"
-)
 SUMMED = "a row sum by einsum is read where unsqueeze puts its axis back, not where [..., None] or core ATen does"
 MAPPED = "torch.export makes a constant of what a vmap inside a vmap maps, and the capture is refused with the line"
 STACKED = "groups repeated by torch.stack are not peeled off once decomposed: as many key heads as query heads"
@@ -27,7 +24,5 @@ GAPS: dict[tuple[str, str], str] = {
     **{("mapped over samples and heads", d): MAPPED for d in ("export", "verified", "core")},
     **{("sum by einsum", d): SUMMED for d in ("dynamo", "core")},
     ("paired rotary, stacked groups", "core"): STACKED,
-    ("self, flash", "export"): HINT,
-    ("self, flash", "verified"): HINT,
 }
 """By (name of the case, dialect), the reason."""
