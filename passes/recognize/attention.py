@@ -18,7 +18,7 @@ from subquad.ir.site import Bias, CanonicalAxes, Site
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.canonicalize.flex_attention import is_flex, why_kept
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
-from subquad.passes.recognize.chain import PROJECTION, Chain, is_weight, paths_to_products, read_chain
+from subquad.passes.recognize.chain import Chain, read_chain
 from subquad.passes.recognize.empty_rows import empty_rows, unambiguous
 from subquad.passes.recognize.frame import DIM, Frame, digit, digits
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
@@ -28,7 +28,10 @@ from subquad.passes.recognize.operands import Peeled, alike, peel, size_of_axes
 from subquad.passes.recognize.product import Product
 from subquad.passes.recognize.provenance import ProvenanceReader
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import ScoreReader, constant_of, drops_out, read_scores
+from subquad.passes.recognize.score_chain import ScoreReader, drops_out, read_scores
+from subquad.passes.recognize.score_fills import hidden_exponentials
+from subquad.passes.recognize.score_frame import constant_of
+from subquad.passes.recognize.score_path import PROJECTION, is_weight, paths_to_products
 from subquad.passes.recognize.scores import LOW, MaskSource, Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, is_one, visible
 from subquad.passes.recognize.weighting import read_weighting
@@ -164,7 +167,7 @@ class _Finder:
         if found.extra_logit is not None:
             scores = replace(scores, sinks=found.extra_logit)
         for node in found.masked:
-            scores = reader.masked(scores, node, chain.places[chain.nodes[-1]])
+            scores = hidden_exponentials(reader, scores, node, chain.places[chain.nodes[-1]])
         weighting = read_weighting(found, chain, scores, reader)
         out = chain.places[chain.nodes[0]]
         left = product.indices(product.left, product.left_labels, out, DIM)

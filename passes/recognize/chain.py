@@ -1,4 +1,4 @@
-"""The operations between a score product and its softmax, with the place of every element in one frame."""
+"""The place of every element of the scores, from their product to their softmax, in one frame."""
 
 from __future__ import annotations
 
@@ -13,21 +13,14 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.frame import DIM, Frame, digit, digits
 from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
 from subquad.passes.recognize.merged_heads import is_head, splits
-from subquad.passes.recognize.product import PRODUCTS, Product, factors, read_product
+from subquad.passes.recognize.product import Product, read_product
 from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.score_path import VIEWS
 from subquad.passes.recognize.symbolic_tensor import is_one, size_of
 
 Node = torch.fx.Node
 Indices = tuple[sympy.Basic, ...]
-VIEWS = frozenset(
-    ["view", "flatten", "unflatten", "transpose", "t", "reversed", "permute", "movedim", "unsqueeze", "squeeze", "expand",
-     "repeat", "contiguous"]
-)  # fmt: skip
 JOINED = frozenset(["cat", "pad"])
-_STEPS = VIEWS | {
-    "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad",
-    "clamp", "index_put",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,23 +35,6 @@ class Chain:
     nodes: tuple[Node, ...]
     frame: Frame
     places: dict[Node, Indices]
-
-
-def paths_to_products(softmax_input: Any) -> list[tuple[Node, ...]]:
-    """The ways from a product of activations down to a softmax's input; where products are added, those first whose
-    operands both have all of its axes.
-
-    Raises NotAttention when there is none.
-    """
-    if not isinstance(softmax_input, Node):
-        raise NotAttention("the softmax is taken of a constant", softmax_input, "constant")
-    paths = [tuple(reversed(path)) for path in _upward_paths(softmax_input)]
-    return sorted(paths, key=lambda path: _is_broadcast(path[0]))
-
-
-def _is_broadcast(node: Node) -> bool:
-    product = read_product(node)
-    return product is None or any(rank_of(side) != rank_of(node) for side in (product.left, product.right))
 
 
 def read_chain(nodes: tuple[Node, ...], dim: int | None) -> Chain:
@@ -222,130 +198,3 @@ def _keys_lack(keys: IndexMap, shape: tuple[Any, ...], place: int) -> bool:
             return True
         here = frame.traced(here)
     return False
-
-
-def _upward_paths(start: Node) -> list[list[Node]]:
-    """The nodes from the softmax's input up to each product of two activations, the nearest first."""
-    frontier: list[list[Node]] = [[start]]
-    nearest: Node = start
-    seen = {start}
-    found: list[list[Node]] = []
-    while frontier:
-        path = frontier.pop(0)
-        here = path[-1]
-        if is_score_product(here):
-            found.append(path)
-            continue
-        if kind(here) not in _STEPS:
-            nearest = here
-            continue
-        for operand in _score_operands(here):
-            if operand not in seen:
-                seen.add(operand)
-                frontier.append([*path, operand])
-    if not found and _mixes_scores(nearest):
-        raise NotAttention("the scores are mixed by a weight before the softmax", nearest, "mixed-heads")
-    if not found:
-        raise NotAttention(_why_no_product(nearest), nearest, "no-product")
-    return found
-
-
-def _mixes_scores(node: Node) -> bool:
-    """True for a product of scores by a weight: what it multiplies leads straight to a product of two activations.
-
-    Values weighted by probabilities are such a product too, but no scores.
-    """
-    if not _projects(node):
-        return False
-    stack = [n for n in node.all_input_nodes if not is_weight(n)]
-    seen = set(stack)
-    while stack:
-        here = stack.pop()
-        if is_score_product(here):
-            return not any(_is_probability(side) for side in factors(here))
-        new = [n for n in _score_operands(here) if n not in seen] if kind(here) in _STEPS else []
-        seen.update(new)
-        stack.extend(new)
-    return False
-
-
-def _is_probability(node: Any) -> bool:
-    while kind(node) in VIEWS | {"cast", "dropout"}:
-        node = arguments(node)["x"]
-    return kind(node) in ("softmax", "softmax_core", "div")
-
-
-def is_score_product(node: Node) -> bool:
-    """True for a product of two activations that keeps an axis of each."""
-    if kind(node) not in PRODUCTS:
-        return False
-    product = read_product(node)
-    return product is not None and not is_weight(product.left) and not is_weight(product.right)
-
-
-def is_weight(value: Any) -> bool:
-    """True for a parameter or buffer, possibly behind views and lifted to an input: the second factor of a projection."""
-    while isinstance(value, Node) and kind(value) in VIEWS | {"cast"}:
-        value = arguments(value)["x"]
-    if not isinstance(value, Node):
-        return False
-    lifted = (value.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return value.op == "get_attr" or (value.op == "placeholder" and lifted is not None)
-
-
-def _why_no_product(node: Node) -> str:
-    """Look further up for what the softmax is taken of."""
-    name = kind(node) or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
-    source = node
-    while (kind(source) in VIEWS | PICKED or _is_scatter(source)) and isinstance(source.args[0], Node):
-        source = source.args[0]
-    frontier, seen = [node], {node}
-    for here in frontier:
-        if here is not node and is_score_product(here):
-            return f"`{name}` between the product of queries and keys and the softmax is not understood"
-        if len(seen) < FURTHEST and (not _projects(here) or (here is source and _convolves(here))):
-            new = [n for n in here.all_input_nodes if n not in seen]
-            seen.update(new)
-            frontier.extend(new)
-    if _projects(source):
-        return PROJECTION
-    return f"no product of queries and keys feeds the softmax: the walk up ended at `{name}`"
-
-
-def _projects(node: Node) -> bool:
-    if kind(node) in PRODUCTS:
-        return any(is_weight(side) for side in factors(node))
-    return kind(node) in ("linear", "addmm") or _convolves(node)
-
-
-def _convolves(node: Node) -> bool:
-    return node.op == "call_function" and "conv" in str(getattr(node.target, "__name__", ""))
-
-
-def _is_scatter(node: Node) -> bool:
-    return "scatter" in str(node.target) and node.op != "placeholder"
-
-
-PICKED = frozenset(["slice", "select", "getitem", "topk", "cast", "unbind", "masked_fill"])
-FURTHEST = 24
-PROJECTION = (
-    "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
-    "a router, pooling or classifier, which no attention rewrite applies to"
-)
-
-
-def _score_operands(node: Node) -> list[Node]:
-    a = arguments(node)
-    if kind(node) == "cat":
-        return [part for part in a["tensors"] if isinstance(part, Node)]
-    names = {"where": ("a", "b"), "masked_fill": ("x",), "index_put": ("x",)}.get(kind(node), ("x", "a", "b"))
-    rank, shape = rank_of(node), shape_of(node) or ()
-    alike: list[Node] = []
-    others: list[Node] = []
-    for name in names:
-        value = a.get(name)
-        other = shape_of(value)
-        if isinstance(value, Node) and other is not None and (rank_of(value) == rank or kind(node) in VIEWS):
-            same = len(other) == len(shape) and all(str(x) == str(y) for x, y in zip(other, shape, strict=True))
-            (alike if same else others).append(value)
-    return alike + others

@@ -12,7 +12,9 @@ from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.chain import Indices
 from subquad.passes.recognize.mask_relation import implies, negate
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import SHAPES, ScoreReader, one_where
+from subquad.passes.recognize.score_chain import ScoreReader
+from subquad.passes.recognize.score_fills import one_where
+from subquad.passes.recognize.score_frame import SHAPES
 from subquad.passes.recognize.scores import Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition
 

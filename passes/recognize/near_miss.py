@@ -10,9 +10,9 @@ import torch.fx
 from subquad.ir.graph import shape_of
 from subquad.ir.refusal import Refusal, refuse
 from subquad.ir.vocabulary import arguments, kind
-from subquad.passes.recognize.chain import VIEWS, is_score_product
 from subquad.passes.recognize.product import PRODUCTS, read_product
 from subquad.passes.recognize.provenance_terms import word
+from subquad.passes.recognize.score_path import VIEWS, is_score_product
 
 Node = torch.fx.Node
 NEAREST_FIRST = (

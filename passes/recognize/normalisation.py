@@ -11,9 +11,9 @@ import torch.fx
 
 from subquad.ir.graph import rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
-from subquad.passes.recognize.chain import VIEWS
 from subquad.passes.recognize.product import PRODUCTS, read_product
 from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.score_path import VIEWS
 from subquad.passes.recognize.symbolic_tensor import is_one
 
 Node = torch.fx.Node

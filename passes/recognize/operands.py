@@ -14,7 +14,7 @@ from subquad.passes.recognize.frame import DIM, Frame, Indices
 from subquad.passes.recognize.index_map import IndexMap
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.score_chain import constant_of
+from subquad.passes.recognize.score_frame import constant_of
 
 Node = torch.fx.Node
 

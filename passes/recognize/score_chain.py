@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import sympy
-import torch
 import torch.fx
 
-from subquad.ir.graph import dtype_of, shape_of, value_of
-from subquad.ir.mask import Where
-from subquad.ir.site import Bias, Gain, ScoreTensor
+from subquad.ir.graph import shape_of
+from subquad.ir.site import Bias, Gain
 from subquad.ir.vocabulary import arguments, kind
-from subquad.passes.recognize.chain import VIEWS, Chain, Indices
-from subquad.passes.recognize.folding import folded
-from subquad.passes.recognize.frame import Frame, digit
+from subquad.passes.recognize.chain import Chain
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
-from subquad.passes.recognize.mask_relation import negate
-from subquad.passes.recognize.normalisation import leads_to_exp
 from subquad.passes.recognize.refusing import NotAttention
-from subquad.passes.recognize.scores import LOW, MaskSource, Scores
-from subquad.passes.recognize.symbolic_tensor import as_condition, axis, is_boolean, is_hard, is_one, size_of, visible
+from subquad.passes.recognize.score_fills import ZEROED, filled, lowered, masked, zeroed
+from subquad.passes.recognize.score_frame import ScoreFrame
+from subquad.passes.recognize.score_path import VIEWS
+from subquad.passes.recognize.score_sinks import joined, padded
+from subquad.passes.recognize.scores import LOW, Scores
+from subquad.passes.recognize.symbolic_tensor import is_hard, visible
 
 Node = torch.fx.Node
 ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
@@ -34,17 +32,8 @@ def read_scores(chain: Chain, algebra: MaskAlgebra) -> Scores:
     return ScoreReader(chain.frame, chain.places, algebra).read(chain)
 
 
-@dataclass(frozen=True)
-class ScoreReader:
-    """Reads one operation after the other, each tensor that meets the scores laid out in their frame.
-
-    shapes: of the scores at a node whose recorded shape is not theirs (an SDPA call).
-    """
-
-    frame: Frame
-    places: dict[Node, Indices]
-    algebra: MaskAlgebra
-    shapes: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
+class ScoreReader(ScoreFrame):
+    """Reads one operation after the other."""
 
     def read(self, chain: Chain) -> Scores:
         """The scores after the whole chain."""
@@ -54,6 +43,8 @@ class ScoreReader:
             scores = self._plus(scores, first, chain.product.addend, chain.product.beta)
         for before, node in zip(chain.nodes, chain.nodes[1:], strict=False):
             scores = self._step(scores, node, before)
+        if scores.zeroed is not None:
+            raise NotAttention(ZEROED, scores.zeroed.met_at, "soft-fill")
         return scores
 
     def _step(self, scores: Scores, node: Node, before: Node) -> Scores:
@@ -61,6 +52,8 @@ class ScoreReader:
         a = arguments(node)
         if name == "cast" or name in VIEWS:
             return scores.after(node, name)
+        if scores.zeroed is not None and name not in ("add", "sub"):
+            raise NotAttention(ZEROED, scores.zeroed.met_at, "soft-fill")
         if name == "dropout":
             if drops_out(a):
                 raise NotAttention(DROPOUT, node, "dropout")
@@ -76,76 +69,16 @@ class ScoreReader:
         if name in ("add", "sub"):
             return self._added(scores, node, before, a)
         if name in ("where", "masked_fill", "index_put"):
-            return self._filled(scores, node, before, a)
+            return filled(self, scores, node, before, a)
         if name in ("maximum", "clamp"):
             return self._clamped(scores, node, before, a)
         if name == "cat":
-            return self._joined(scores, node, before, a)
+            return joined(self, scores, node, before, a)
         if name == "pad":
-            return self._padded(scores, node, a)
+            return padded(self, scores, node, a)
         raise NotAttention(
             f"`{name or node.target}` between the scores and the softmax is not understood", node, "step"
         )
-
-    def masked(self, scores: Scores, node: Node, place: Indices) -> Scores:
-        """The scores of exponentials, at `place` like the scores, that a product or a fill with zero hides keys of."""
-        a = arguments(node)
-        sides = [side for side in (a.get("x"), a.get("a"), a.get("b")) if leads_to_exp(side)]
-        self.places.update({side: place for side in sides if isinstance(side, Node)} | {node: place})
-        if kind(node) in ("masked_fill", "where"):
-            kept = kind(node) == "where" and leads_to_exp(a["a"])
-            source, value = (a["mask"], a["value"]) if "mask" in a else (a["cond"], a["b"] if kept else a["a"])
-            if self.number(value) != 0:
-                raise NotAttention("exponentials are filled with another number than zero", node, "mask")
-            seen, role = as_condition(self.element(source, node)), "keep" if kept else "hide"
-            seen = seen if kept else negate(seen)
-        else:
-            source = a["b"] if a["a"] in self.places else a["a"]
-            shown = one_where(self.element(source, node))
-            if shown is None:
-                raise NotAttention("exponentials are multiplied by something that is not zero or one", node, "mask")
-            seen, role = shown, "keep"
-        return self._masked(scores, node, "hidden exponentials", seen, float("-inf"), source, role)
-
-    def require_independent(self, value: Any, node: Node) -> None:
-        """Refuse a tensor that is computed from the scores it meets: they would have to exist to compute it."""
-        stack, seen = [value], set[Node]()
-        while stack:
-            here = stack.pop()
-            if not isinstance(here, Node) or here in seen or here < self.first:
-                continue
-            if here in self.places:
-                raise NotAttention("the scores meet a tensor that is computed from them", node, "depends-on-scores")
-            seen.add(here)
-            stack.extend(_contents(here))
-
-    def element(self, value: Any, node: Node) -> sympy.Basic:
-        """The formula, in the indices of `node`, of an argument that is broadcast to it."""
-        self.require_independent(value, node)
-        if isinstance(value, Node) and shape_of(value) is not None:
-            self.algebra.formula(value)
-        return self.algebra.element(value, self.shapes.get(node) or shape_of(node) or ())
-
-    def in_frame(self, formula: sympy.Basic, node: Node) -> sympy.Basic:
-        """A formula of the indices of `node` as one of b, h, q and kv."""
-        return self.frame.canonical(formula.xreplace({axis(n): at for n, at in enumerate(self.places[node])}))
-
-    def over_scores(self, value: Node, node: Node) -> ScoreTensor:
-        """A tensor that is broadcast to `node`, laid out over the scores."""
-        self.require_independent(value, node)
-        views = self.frame.views(shape_of(value) or (), len(self.places[node]), self.places[node])
-        if views is None:
-            raise NotAttention("a tensor meets the scores in a layout that is not understood", node, "layout")
-        return ScoreTensor(value, views)
-
-    @property
-    def first(self) -> Node:
-        """The node that makes the scores."""
-        return next(iter(self.places))
-
-    def number(self, value: Any) -> float | None:
-        """A scalar argument's number: a Python number, or a tensor whose formula is one; None when it is neither."""
-        return constant_of(value, self.algebra)
 
     def times(self, scores: Scores, node: Node, factor: float, word: str) -> Scores:
         """The scores times a fixed number."""
@@ -176,30 +109,29 @@ class ScoreReader:
     def _gained(self, scores: Scores, node: Node, other: Any, divided: bool) -> Scores:
         if not isinstance(other, Node) or shape_of(other) is None:
             raise NotAttention(f"the scores are multiplied by {other}", node, "scale")
+        if self.varies_with_key(other, node):
+            found = None if divided else zeroed(self, scores, node, other)
+            if found is not None:
+                return found
+            raise NotAttention("the scores are multiplied by a tensor that differs from key to key", node, "gain")
         if scores.gain is not None or not scores.is_bare:
             raise NotAttention(
                 "masked, capped or biased scores are multiplied by a tensor, not by one number", node, "gain"
             )
-        if self._varies_with_key(other, node):
-            raise NotAttention("the scores are multiplied by a tensor that differs from key to key", node, "gain")
         tensor = self.over_scores(other, node)
         return scores.after(node, f"{kind(node)} by a tensor", gain=Gain(tensor.node, tensor.views, divided))
-
-    def _varies_with_key(self, value: Node, node: Node) -> bool:
-        shape, place = shape_of(value) or (), self.places[node]
-        offset = len(place) - len(shape)
-        return any(
-            not is_one(size) and digit(self.frame.key) in place[n + offset].free_symbols for n, size in enumerate(shape)
-        )
 
     def _added(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         negative = kind(node) == "sub"
         if negative and a["a"] is not before:
             raise NotAttention("the scores are subtracted from something", node, "step")
         other = a["b"] if a["a"] is before else a["a"]
+        sign = (-1.0 if negative else 1.0) * float(a.get("alpha", 1))
+        if scores.zeroed is not None:
+            return lowered(self, scores, node, before, other, sign)
         if isinstance(other, Node) and self._is_of_row(other, node):
             return scores.after(node, "minus the row's maximum" if negative else "plus a number of the row")
-        return self._plus(scores, node, other, (-1.0 if negative else 1.0) * float(a.get("alpha", 1)))
+        return self._plus(scores, node, other, sign)
 
     def _plus(self, scores: Scores, node: Node, other: Any, factor: float) -> Scores:
         number = self.number(other)
@@ -213,34 +145,7 @@ class ScoreReader:
                 raise NotAttention("a bias is added to the scores after a sink logit was appended", node, "step")
             tensor = self.over_scores(other, node)
             return scores.after(node, "bias", biases=(*scores.biases, Bias(tensor.node, tensor.views, factor)))
-        return self._masked(scores, node, "mask", read[0], float("-inf") if read[1] else LOW, other, "low")
-
-    def _filled(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
-        if kind(node) == "masked_fill":
-            condition, fill, hidden_when = a["mask"], a["value"], True
-        elif kind(node) == "index_put":
-            condition, fill, hidden_when = _written_where(node, a), a["values"], True
-        else:
-            condition, fill, hidden_when = a["cond"], a["b"], False
-            if a["b"] is before:
-                fill, hidden_when = a["a"], True
-        value = self.number(fill)
-        if value is None or value > _lowest(before):
-            what = "a tensor" if value is None else value
-            raise NotAttention(
-                f"hidden scores are filled with {what}, which is not low enough to hide a key", node, "soft-fill"
-            )
-        seen = as_condition(self.element(condition, node))
-        if hidden_when:
-            seen = negate(seen)
-        role = "hide" if hidden_when else "keep"
-        return self._masked(scores, node, "fill", seen, value, condition, role)
-
-    def _masked(
-        self, scores: Scores, node: Node, word: str, seen: sympy.Basic, fill: float, source: Node, role: str
-    ) -> Scores:
-        read = MaskSource(self.in_frame(seen, node), source, node, role, fill)
-        return scores.after(node, word, masks=(*scores.masks, read))
+        return masked(self, scores, node, "mask", read[0], float("-inf") if read[1] else LOW, other, "low")
 
     def _clamped(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         if kind(node) == "clamp":
@@ -256,7 +161,7 @@ class ScoreReader:
     def _is_of_row(self, value: Node, node: Node) -> bool:
         """True for a maximum, mean or logarithm of a sum of the scores, one for each row or for all: shifting a row cancels."""
         shape, place = shape_of(value) or (), self.places[node]
-        if self._varies_with_key(value, node) or (shape and len(shape) != len(place)):
+        if self.varies_with_key(value, node) or (shape and len(shape) != len(place)):
             return False
         while isinstance(value, Node) and kind(value) in ROW_STEPS:
             value = arguments(value)["x"]
@@ -265,113 +170,7 @@ class ScoreReader:
             reduced = arguments(reduced)["x"]
         return reduced in self.places
 
-    def _padded(self, scores: Scores, node: Node, a: dict[str, Any]) -> Scores:
-        """One further column of a number beside the keys: a sink that all heads share."""
-        pad, value = list(a["pad"]), self.number(a["value"] or 0.0)
-        last = digit(self.frame.key) in self.places[node][-1].free_symbols
-        if sorted(pad) != [0, 1] or not last or a["mode"] != "constant" or value is None or scores.sinks is not None:
-            raise NotAttention("the scores are padded with something that is not one sink logit a row", node, "sink")
-        return scores.after(node, "sink", sinks=value, first_key=size_of(pad[0]))
-
-    def _joined(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
-        """A column of logits beside the keys, whose probability weights no value: a sink."""
-        place = self.places[before]
-        along = a["dim"] % len(place)
-        parts = list(a["tensors"])
-        if len(parts) != 2 or place[along] != digit(self.frame.key) or scores.sinks is not None:
-            raise NotAttention(
-                "the scores are concatenated with something that is not one sink logit a row", node, "sink"
-            )
-        other = parts[1] if parts[0] is before else parts[0]
-        shape = list(shape_of(other) or ())
-        if not is_one(shape[along]):
-            raise NotAttention("the scores are concatenated with more than one further logit a row", node, "sink")
-        first = sympy.S.Zero if parts[0] is before else size_of(shape[along])
-        number = self.number(other)
-        sinks: ScoreTensor | float = self._column(other, before) if number is None else number
-        return scores.after(node, "sink", sinks=sinks, first_key=first)
-
-    def _column(self, column: Node, scores: Node) -> ScoreTensor:
-        """An appended column of logits: the tensor behind its expansion, [1, H, 1, 1], or one logit a row, [B, H, Tq, 1]."""
-        source = column
-        while kind(source) in ("expand", "contiguous", "cast"):
-            source = arguments(source)["x"]
-        shape, place = shape_of(source) or (), self.places[scores]
-        offset = len(place) - len(shape)
-        heads = {digit(n) for n in self.frame.heads}
-        per_head = offset >= 0 and all(
-            is_one(size) or place[n + offset].free_symbols <= heads for n, size in enumerate(shape)
-        )
-        views = self.frame.views(shape, len(place), place) if per_head else None
-        return self.over_scores(column, scores) if views is None else ScoreTensor(source, views)
-
-
-def _written_where(node: Node, a: dict[str, Any]) -> Node:
-    """The boolean tensor over the last axes that `scores[..., condition] = value` writes at."""
-    picks = [pick for pick in a["indices"] if pick is not None]
-    leading = len(a["indices"]) - len(picks)
-    if (
-        len(picks) == 1
-        and a["indices"][-1] is picks[0]
-        and dtype_of(picks[0]) == torch.bool
-        and not a.get("accumulate")
-    ):
-        if leading + len(shape_of(picks[0]) or ()) == len(shape_of(node) or ()):
-            return picks[0]
-    raise NotAttention("scores are written at places that no boolean tensor tells", node, "mask")
-
-
-SHAPES = frozenset(["sym_size", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"])
-
-
-def _contents(node: Node) -> list[Node]:
-    """The inputs of an operation that it reads more of than their shapes and dtypes."""
-    if kind(node) in SHAPES:
-        return []
-    if kind(node) in ("expand_as", "cast", "view"):
-        return [x for x in node.args[:1] if isinstance(x, Node)]
-    return node.all_input_nodes
-
-
-def is_lifted(value: Node) -> bool:
-    """True for a Python number that Dynamo made an input: to read it makes Dynamo compile again when it changes."""
-    while value.op == "call_method" and value.target == "item":
-        value = value.args[0]  # type: ignore[assignment]
-    return value.op == "placeholder" and "grapharg" in value.meta
-
-
-def _lowest(scores: Node) -> float:
-    """What hides a key when it stands in the place of a score: far below any, or the least number of half precision."""
-    return float(torch.finfo(torch.float16).min) if dtype_of(scores) == torch.float16 else -1e9
-
-
-def one_where(factor: sympy.Basic) -> sympy.Basic | None:
-    """The condition under which a factor is one; None when it is anything but one or zero."""
-    if is_boolean(factor):
-        return factor
-    if isinstance(factor, Where) and factor.args[1:] == (1, 0):
-        return factor.args[0]
-    return negate(factor.args[0]) if isinstance(factor, Where) and factor.args[1:] == (0, 1) else None
-
 
 def drops_out(a: dict[str, Any]) -> bool:
     """True when a dropout with these arguments is active."""
     return bool(a["train"]) and not (isinstance(a["p"], int | float) and a["p"] == 0)
-
-
-def constant_of(value: Any, algebra: MaskAlgebra) -> float | None:
-    """A scalar argument's number: a Python number, or a tensor whose formula is one; None when it is neither."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, Node):
-        recorded = value_of(value)
-        if isinstance(recorded, torch.Tensor):
-            expression = algebra.formula(value).expression
-            if expression.is_number and expression is not sympy.nan:
-                return float(expression)
-            return folded(value, algebra.module)
-        if isinstance(recorded, (int, float)):
-            return float(recorded)
-        if isinstance(recorded, torch.SymFloat) and is_lifted(value):
-            return float(recorded)
-    return None

@@ -39,7 +39,7 @@ class MaskSource:
 class Scores:
     """The scores as read so far: softcap(gain·scale·q·k) + biases, seen where all `masks` let them be.
 
-    sinks: a further logit per row.
+    sinks: a further logit per row.  zeroed: a mask whose hidden scores are zero so far, and are to be lowered.
     first_key: where the keys begin on the softmax's axis.  passed: interior nodes.  words: what was read, from the product
     to the softmax.
     """
@@ -51,6 +51,7 @@ class Scores:
     biases: tuple[Bias, ...] = ()
     masks: tuple[MaskSource, ...] = ()
     sinks: ScoreTensor | float | None = None
+    zeroed: MaskSource | None = None
     first_key: sympy.Basic = sympy.S.Zero
     passed: tuple[Node, ...] = ()
     words: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from subquad.passes.recognize.mask_choice import NoFormula, choose, is_boolean, 
 from subquad.passes.recognize.mask_relation import python_number, relate
 
 __all__ = ["SymbolicTensor", "as_condition", "as_number", "axis", "is_boolean", "is_hard", "is_one", "number", "size_of",
-           "substitute", "visible"]  # fmt: skip
+           "substitute", "visible", "where_zero"]  # fmt: skip
 
 HARD = -1e30
 """Added to any score below 1e22 this is itself, and its probability is exactly zero beside any such score.
@@ -135,12 +135,13 @@ def visible(expression: sympy.Basic) -> tuple[sympy.Basic, bool] | None:
     hidden = [value for value in values if value != 0]
     if len(hidden) > 1:
         return None
-    seen = _where_zero(expression)
+    seen = where_zero(expression)
     return seen, all(value == -sympy.oo for value in hidden)
 
 
-def _where_zero(expression: sympy.Basic) -> sympy.Basic:
+def where_zero(expression: sympy.Basic) -> sympy.Basic:
+    """The condition under which a choice of numbers is zero."""
     if not isinstance(expression, Where):
         return sympy.true if expression == 0 else sympy.false
     condition, yes, no = expression.args
-    return choose(condition, _where_zero(yes), _where_zero(no))
+    return choose(condition, where_zero(yes), where_zero(no))

@@ -11,7 +11,7 @@ from subquad.ir.graph import shape_of, users_of
 from subquad.ir.mask import EmptyRows
 from subquad.ir.site import CanonicalAxes, Packed
 from subquad.ir.vocabulary import arguments, kind
-from subquad.passes.recognize.chain import JOINED, VIEWS, Chain, Indices, step_forward
+from subquad.passes.recognize.chain import JOINED, Chain, Indices, step_forward
 from subquad.passes.recognize.frame import DIM, digit
 from subquad.passes.recognize.guards import decomposed_nan_to_num, guarded_rows
 from subquad.passes.recognize.index_map import IndexMap, trace_view, viewed
@@ -19,6 +19,7 @@ from subquad.passes.recognize.normalisation import Normalised
 from subquad.passes.recognize.product import PRODUCTS, Product, read_product
 from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.recognize.score_chain import ScoreReader, drops_out
+from subquad.passes.recognize.score_path import VIEWS
 from subquad.passes.recognize.scores import Scores
 from subquad.passes.recognize.symbolic_tensor import size_of
 

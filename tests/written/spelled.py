@@ -88,6 +88,26 @@ def minus_large(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores * seen - 1e10 * (1 - seen)).softmax(-1) @ v
 
 
+def minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with a number that scores can reach."""
+    scores = raw(q, k)
+    seen = torch.ones_like(scores[:1, :1]).tril()
+    return F.softmax(scores * seen + -1e4 * (1 - seen), dim=-1) @ v
+
+
+def multiplied_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Hidden scores are zero, and their keys are seen."""
+    scores = raw(q, k)
+    return (scores * causal(scores)).softmax(-1) @ v
+
+
+def lowered_elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multiplied by one mask, lowered by another."""
+    scores = raw(q, k)
+    other = (rows(scores) - columns(scores) > -2).to(scores.dtype)
+    return (scores * causal(scores) - 1e10 * (1 - other)).softmax(-1) @ v
+
+
 def minus_thousand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The mask is subtracted as ten thousand times zero or one."""
     scores = raw(q, k)
@@ -300,7 +320,10 @@ CASES = (
     one("filled, NaN found by itself", nan_filled, mask="causal"),
     one("logarithm of a mask", log_mask, mask="causal"),
     one("logarithm of a mask and a floor", log_mask_with_floor, mask="full", biases=1),
-    one("multiplied and lowered", minus_large, ("differs from key to key",)),
+    one("multiplied and lowered", minus_large, mask="causal", empty_rows="mean"),
+    one("multiplied and lowered by ten thousand", minus_ten_thousand, ("filled with -10000.0",)),
+    one("multiplied only", multiplied_only, ("multiplied by zero",)),
+    one("multiplied by one mask, lowered by another", lowered_elsewhere, ("multiplied by zero",)),
     one("lowered by ten thousand", minus_thousand, mask="full", biases=1),
     one("maximum, then mask, then exponentials", shifted_by_maximum, mask="causal"),
     one("maximum of everything", shifted_by_all, scale=SCALE),
