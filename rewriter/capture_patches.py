@@ -45,7 +45,13 @@ def _decided(attend: Any) -> Any:
 
     @functools.wraps(attend)
     def call(
-        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: Any = False, **rest: Any
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: Any = False,
+        **rest: Any,
     ) -> Any:
         return attend(query, key, value, attn_mask, dropout_p, bool(is_causal), **rest)
 
