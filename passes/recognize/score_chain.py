@@ -23,7 +23,7 @@ from subquad.passes.recognize.symbolic_tensor import is_hard, visible
 
 Node = torch.fx.Node
 ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
-REDUCTIONS = frozenset(["amax", "maximum", "mean", "logsumexp"])
+REDUCTIONS = frozenset(["amax", "extreme", "mean", "logsumexp"])
 DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; call eval()"
 
 

@@ -309,8 +309,8 @@ Rule = Callable[[Node, Claims, Sizes], Shared | None]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("full", "ones", "zeros", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"),
                     _constant),
-    **dict.fromkeys(("softmax", "softmax_core", "log_softmax", "sum", "mean", "amax", "logsumexp", "any", "all", "topk",
-                     "reduction", "cumsum"), _along),
+    **dict.fromkeys(("softmax", "softmax_core", "log_softmax", "sum", "mean", "amax", "extreme", "logsumexp", "any", "all",
+                     "topk", "reduction", "cumsum"), _along),
     **dict.fromkeys(("index", "index_select"), _indexed),
     **dict.fromkeys(("flip", "roll"), _reversed),
     "matmul": matmul, "linear": linear, "addmm": addmm, "embedding": _looked_up, "cat": _joined, "stack": _stacked,
@@ -323,8 +323,8 @@ NAMED: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
     **dict.fromkeys(("conv1d", "convolution", "conv2d"), convolution),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_normalised),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "argmax", "argmin", "max",
-                     "min", "var", "var_mean", "std", "norm", "linalg_vector_norm", "amin", "prod", "glu"), _along),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "argmax", "argmin",
+                     "var", "var_mean", "std", "norm", "linalg_vector_norm", "amin", "prod", "glu"), _along),
 }  # fmt: skip
 """By operation, for what the vocabulary has no kind."""
 

@@ -209,6 +209,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("sum", "x dim=None keepdim=False", "sum", (torch.sum,), "sum", self="x", input="x"),
     _kind("mean", "x dim=None keepdim=False", "mean", (torch.mean,), "mean", self="x", input="x"),
     _kind("amax", "x dim=None keepdim=False", "amax", (torch.amax,), "amax", self="x", input="x"),
+    _kind("extreme", "x dim=None keepdim=False", self="x", input="x"),
     _kind("logsumexp", "x dim keepdim=False", "logsumexp", (torch.logsumexp,), "logsumexp", self="x", input="x"),
     _kind("any", "x dim=None keepdim=False", "any", (torch.any,), "any", self="x", input="x"),
     _kind("all", "x dim=None keepdim=False", "all", (torch.all,), "all", self="x", input="x"),
@@ -237,6 +238,7 @@ for _k in KINDS:
     for _m in _k.modules:
         _BY_MODULE.setdefault(_m, _k)
     _BY_ATTRIBUTE.update({"t": {"mT": _k}, "reversed": {"T": _k}}.get(_k.name, {}))
+_EXTREME = next(k for k in KINDS if k.name == "extreme")
 
 
 def module_of(node: torch.fx.Node) -> torch.nn.Module | None:
@@ -249,6 +251,20 @@ def module_of(node: torch.fx.Node) -> torch.nn.Module | None:
 
 def lookup(node: torch.fx.Node) -> Kind | None:
     """The kind of a node in any dialect, or None when the vocabulary does not know it."""
+    found = _spelled(node)
+    if found is not None and found.name in ("maximum", "minimum") and not _of_two(node):
+        return _EXTREME
+    return found
+
+
+def _of_two(node: torch.fx.Node) -> bool:
+    """max and min compare two tensors, or reduce one, to values or to values and indices, which only the arguments tell."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return len(node.target._schema.arguments) > 1 and node.target._schema.arguments[1].name == "other"
+    return "other" in node.kwargs or (len(node.args) > 1 and isinstance(node.args[1], torch.fx.Node))
+
+
+def _spelled(node: torch.fx.Node) -> Kind | None:
     if node.op == "call_function":
         if isinstance(node.target, torch._ops.OpOverload):
             if node.target.namespace != "aten":

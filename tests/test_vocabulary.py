@@ -1,0 +1,51 @@
+"""One kind for every spelling of an operation, also where only its arguments tell what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.ir.vocabulary import arguments, kind
+
+BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "function": lambda x, y: torch.max(x, y),
+    "named": lambda x, y: torch.max(x, other=y),
+    "method": lambda x, y: x.max(y),
+    "least": lambda x, y: x.min(y),
+}
+ONE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of a row": lambda x, y: x.max(dim=-1, keepdim=True).values + y,
+    "by position": lambda x, y: torch.max(x, -1)[0] + y.sum(),
+    "of all": lambda x, y: x.max() + y,
+    "least": lambda x, y: x.min(-1)[0] + y.sum(),
+}
+
+
+def kinds(function: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
+    """The kinds of max and min in a traced function and in its core-ATen program; their arguments are read too."""
+
+    class Whole(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return function(x, y)
+
+    program = torch.export.export(Whole(), (torch.ones(3, 3), torch.ones(3, 3)), strict=False)
+    found = []
+    for graph in (torch.fx.symbolic_trace(Whole()).graph, program.graph):
+        for node in graph.nodes:
+            if kind(node) in ("maximum", "minimum", "extreme"):
+                assert arguments(node)
+                found.append(kind(node))
+    return found
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_two_tensors_are_compared(name: str) -> None:
+    assert set(kinds(BOTH[name])) <= {"maximum", "minimum"} and len(kinds(BOTH[name])) == 2
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_tensor_is_reduced(name: str) -> None:
+    assert kinds(ONE[name]) == ["extreme", "extreme"]
