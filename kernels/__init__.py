@@ -22,6 +22,7 @@ else:
     from subquad.kernels.expression import parse
     from subquad.kernels.intervals import block_tests
     from subquad.kernels.narrow_linear import narrow_linear
+    from subquad.kernels.prefix_attention import prefix_attention
     from subquad.kernels.provider import provide, provided
     from subquad.kernels.recurrence_by_token import recurrence_reference
     from subquad.kernels.recurrence_forms import recurrence_torch
@@ -45,6 +46,7 @@ else:
         "merge_all",
         "narrow_linear",
         "parse",
+        "prefix_attention",
         "provide",
         "provided",
         "recurrence",

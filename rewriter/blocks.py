@@ -20,6 +20,7 @@ from subquad.runtime.schedule import Call, Program, Schedule
 from subquad.step_graph import STREAM
 
 Node = torch.fx.Node
+STATES = {"k", "v", "shared_k", "shared_v", "state", "window_k", "window_v", "seen"}
 VIEWS = {"unsqueeze", "expand", "permute", "transpose", "slice", "squeeze", "t"}
 
 
@@ -247,7 +248,7 @@ def _is_ids(node: Any) -> bool:
 
 def _is_state(node: Node) -> bool:
     name, _, number = str(node.target).rpartition("_")
-    return number.isdigit() and name in ("k", "v", "state", "window_k", "window_v", "seen")
+    return number.isdigit() and name in STATES
 
 
 def _short(node: Node) -> str:

@@ -22,11 +22,14 @@ from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.pacing import MOST, MeasuredPacing, Pacing
 from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
+from subquad.runtime.sharing_plan import SharingPlan
 from subquad.runtime.speculation import Ending, Pass, speculate
 from subquad.runtime.state import DecoderState, select
 from subquad.runtime.tree_stepper import TreeStepper
 
 Report = Callable[[int, int], None]
+SHARED = {"joined", "branch"}
+"""Schedules of rows that share keys, if a model has them; they run operation by operation always."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Decoder:
         self.speculation = speculation
         self.programs, self.weights = programs, weights
         device = next((t.device for t in weights.values()), torch.device("cpu"))
-        eager = {name: executor(programs.schedules[name], weights) for name in ("step", "first")}
+        names = ("step", "first", *sorted(SHARED & programs.schedules.keys()))
+        eager = {name: executor(programs.schedules[name], weights) for name in names}
         self.engine = DecodeEngine(programs.layout, eager, device)
         self.failure: str | None = None
         self._worker: threading.Thread | None = None
@@ -121,37 +125,40 @@ class Decoder:
         self, ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 128,
         eos_token_ids: Collection[int] = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, seed: int | None = None,
-        drafter: Drafter | None = None,
+        drafter: Drafter | None = None, share: bool = True,
     ) -> Iterator[list[int | None]]:  # fmt: skip
         """Yield one list a step: the new token of every row, None for a row that has ended.
 
         ids: int64 [B, T], padded on the left where attention_mask [B, T] is 0.  temperature 0 is greedy (the first of equal
         maxima); otherwise tokens are sampled with `seed` (None: from entropy) after top_k (0: all), top_p and min_p.  A row
         ends with an id of eos_token_ids, which is yielded.  drafter: verify what it drafts; the tokens stay those of plain
-        decoding (for float32 and float64), drawn ones keep their law.  Raises GenerationError for what does not fit.
+        decoding (for float32 and float64), drawn ones keep their law.  share: see `decode`.  Raises
+        GenerationError for what does not fit.
         """
         found = processors(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size)
         choice = Choice(found, temperature == 0, seeded(seed, self.engine.device))
         ending = Ending(max_new_tokens, frozenset(eos_token_ids))
         yield from in_step(
-            self.decode(ids, attention_mask, choice=choice, ending=ending, drafter=drafter), ids.shape[0]
+            self.decode(ids, attention_mask, choice=choice, ending=ending, drafter=drafter, share=share), ids.shape[0]
         )
 
     def decode(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, choice: Choice, ending: Ending,
-        drafter: Drafter | None = None, most: int = MOST, pacing: Pacing | None = None,
+        drafter: Drafter | None = None, most: int = MOST, pacing: Pacing | None = None, share: bool = True,
+        on_sharing: Callable[[SharingPlan], None] = lambda plan: None,
     ) -> Iterator[Pass]:  # fmt: skip
         """Yield what each pass of the model gave; see subquad.runtime.speculation.speculate.
 
-        most: tokens that a pass may feed in all rows together.  pacing: how much of a draft is verified; None weighs the
-        gain against the costs that this decoder has measured.
+        share: compute and store once what rows have in common, where that pays.  on_sharing: told what was found.  most:
+        tokens that a pass may feed in all rows together.  pacing: how much of a draft is verified; None weighs the gain
+        against the costs that this decoder has measured.
         """
         check_prompt(ids, attention_mask, ending.max_new_tokens)
         room = ids.shape[1] + ending.max_new_tokens
         plain = Greedy() if choice.greedy else SampleAndDescend()
         return speculate(
-            TreeStepper(self.engine, room), ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
-            pacing=pacing if pacing is not None else self._measured(min(most, MOST)),
+            TreeStepper(self.engine, room, share, on_sharing), ids, attention_mask, choice=choice, plain=plain,
+            ending=ending, drafter=drafter, pacing=pacing if pacing is not None else self._measured(min(most, MOST)),
         )  # fmt: skip
 
     def drafter(self, speculation: LoopRewrite) -> Drafter:

@@ -65,7 +65,7 @@ def _described(layout: DecoderLayout) -> dict[str, Any]:
 
 
 def _names(graph: StepGraph) -> set[str]:
-    modules = [module for module in (graph.step, graph.first, graph.layout.history) if module is not None]
+    modules = [m for m in (graph.step, graph.first, *graph.shared.values(), graph.layout.history) if m is not None]
     return {str(n.target) for module in modules for n in module.graph.nodes if n.op == "get_attr"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import operator
 from typing import Any
 
@@ -13,8 +12,10 @@ from subquad.ir.graph import ancestors, hang, value_of
 from subquad.ir.graph import attribute as attribute_of
 from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
 from subquad.locality import prove_locality
+from subquad.mask_terms import implies_causal
 from subquad.runtime.layout import DecoderLayout, SiteState
-from subquad.step_graph import PROMPT_INPUTS, STEP_INPUTS, STREAM, StepGraph, sweep
+from subquad.shared_sites import SharedSites
+from subquad.step_graph import PROMPT_INPUTS, SHARED_INPUTS, STEP_INPUTS, STREAM, StepGraph, sweep
 from subquad.step_sites import PromptSites, StepSites, state_names
 from subquad.token_axis import Locality, operator_arguments, refuse
 
@@ -37,12 +38,19 @@ def derive(module: torch.fx.GraphModule) -> StepGraph:
     tables = _tables(sites, proof)
     sums = [n for n in proof.history if n in live]
     history = _history(module, proof, tables, sums)
-    parts = [_build(module, proof, logits, live, sites, tables, sums, first) for first in (False, True)]
+    kinds = ["step", "first", *(("joined", "branch") if _shareable(sites, live) else ())]
+    parts = {kind: _build(module, proof, logits, live, sites, tables, sums, kind) for kind in kinds}
     layout = DecoderLayout(
         history, tuple(str(n.target) for n in proof.inputs), tuple(_site_state(n) for n in sites),
         len(tables), tuple(_past_axis(proof, n) for n in sums), _limit(module, proof, live),
     )  # fmt: skip
-    return StepGraph(parts[0], parts[1], layout)
+    return StepGraph(parts.pop("step"), parts.pop("first"), layout, parts)
+
+
+def _shareable(sites: list[Node], live: set[Node]) -> bool:
+    """Whether rows may share keys: no log-sum-exp is read, which a shared softmax does not give."""
+    softmax = [site for site in sites if site.target is torch.ops.subquad.softmax_attention.default]
+    return all(u.args[1] == 0 for site in softmax for u in site.users if u in live)
 
 
 def _is_site(node: Node) -> bool:
@@ -84,57 +92,6 @@ def _check_causal(node: Node, proof: Locality) -> None:
             refuse(node, "its mask reads values that the network computes.")
 
 
-def implies_causal(mask: str) -> bool:
-    """True when some conjunct of the predicate is a linear comparison that implies kv <= q."""
-    tree = ast.parse(mask, mode="eval").body
-    return any(_is_causal(term) for term in _conjuncts(tree))
-
-
-def _conjuncts(tree: ast.expr) -> list[ast.expr]:
-    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitAnd):
-        return _conjuncts(tree.left) + _conjuncts(tree.right)
-    return [tree]
-
-
-def _is_causal(term: ast.expr) -> bool:
-    """a·q + b·kv + c >= 0 with a = -b > 0 and c <= 0 (or c < a for integers) says q - kv >= 0."""
-    if not isinstance(term, ast.Compare) or len(term.ops) != 1:
-        return False
-    left, right = _linear(term.left), _linear(term.comparators[0])
-    if left is None or right is None:
-        return False
-    a, b, c = (x - y for x, y in zip(left, right, strict=True))
-    if isinstance(term.ops[0], (ast.LtE, ast.Lt)):
-        a, b, c = -a, -b, -c
-    if isinstance(term.ops[0], (ast.Lt, ast.Gt)):
-        c -= 1
-    elif not isinstance(term.ops[0], (ast.LtE, ast.GtE)):
-        return False
-    return a > 0 and a == -b and c < a
-
-
-def _linear(tree: ast.expr) -> tuple[int, int, int] | None:
-    """Coefficients of q and kv, and the constant."""
-    if isinstance(tree, ast.Name):
-        return {"q": (1, 0, 0), "kv": (0, 1, 0)}.get(tree.id)
-    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
-        return 0, 0, tree.value
-    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        inner = _linear(tree.operand)
-        return None if inner is None else (-inner[0], -inner[1], -inner[2])
-    if isinstance(tree, ast.BinOp):
-        left, right = _linear(tree.left), _linear(tree.right)
-        if left is None or right is None:
-            return None
-        if isinstance(tree.op, (ast.Add, ast.Sub)):
-            sign = 1 if isinstance(tree.op, ast.Add) else -1
-            return left[0] + sign * right[0], left[1] + sign * right[1], left[2] + sign * right[2]
-        if isinstance(tree.op, ast.Mult) and (left[:2] == (0, 0) or right[:2] == (0, 0)):
-            factor, other = (left[2], right) if left[:2] == (0, 0) else (right[2], left)
-            return factor * other[0], factor * other[1], factor * other[2]
-    return None
-
-
 def _tables(sites: list[Node], proof: Locality) -> list[Node]:
     """Mask tables with a token axis: they are read over the whole history."""
     found: dict[Node, None] = {}
@@ -143,6 +100,13 @@ def _tables(sites: list[Node], proof: Locality) -> list[Node]:
             if table in proof.axes:
                 found[table] = None
     return list(found)
+
+
+def _is_padding(table: Node, proof: Locality) -> bool:
+    """Whether a table is the padding mask itself, in any dtype."""
+    while isinstance(table, Node) and _name(table) in ("to", "_to_copy", "alias", "clone", "contiguous"):
+        table = table.args[0]  # type: ignore[assignment]
+    return table in proof.inputs[1:]
 
 
 def _past_axis(proof: Locality, node: Node) -> int:
@@ -200,22 +164,34 @@ def _site_state(node: Node) -> SiteState:
 
 def _build(
     module: torch.fx.GraphModule, proof: Locality, logits: Node, live: set[Node], sites: list[Node], tables: list[Node],
-    sums: list[Node], first: bool,
+    sums: list[Node], kind: str,
 ) -> torch.fx.GraphModule:  # fmt: skip
-    """The graph of a prompt (`first`), whose rows are rows, or that of a step, whose rows are strung to one."""
+    """The graph of a prompt ("first"), whose rows are rows, or one of those whose rows are strung to one; see StepGraph."""
     graph = torch.fx.Graph()
     mapping: dict[Node, Node] = {n: graph.placeholder(str(n.target)) for n in proof.inputs}
     ids = next(iter(mapping.values()))
-    names = PROMPT_INPUTS if first else STEP_INPUTS
+    names = {"first": PROMPT_INPUTS, "step": STEP_INPUTS}.get(kind, SHARED_INPUTS)
     shared = {name: graph.placeholder(name) for name in names}
     table_nodes = {t: graph.placeholder(f"table_{n}") for n, t in enumerate(tables)}
     for n, node in enumerate(sums):
         mapping[node] = graph.placeholder(f"past_{n}")
     states = [[graph.placeholder(f"{name}_{n}") for name in state_names(site)] for n, site in enumerate(sites)]
+    softmax = [site for site in sites if site.target is torch.ops.subquad.softmax_attention.default]
+    pools = {
+        site: [graph.placeholder(f"shared_{name}_{sites.index(site)}") for name in ("k", "v")]
+        for site in (softmax if names is SHARED_INPUTS else ())
+    }
     batch = graph.call_function(torch.ops.aten.sym_size.int, (ids, 0))
     width = graph.call_function(torch.ops.aten.sym_size.int, (ids, 1))
     batch_symbols = set().union(*(_symbols(value_of(n).shape[0]) for n in proof.inputs))
-    writer = PromptSites(graph, shared) if first else StepSites(graph, shared, proof.axes, width)
+    writer: PromptSites | StepSites
+    if kind == "first":
+        writer = PromptSites(graph, shared)
+    elif kind == "step":
+        writer = StepSites(graph, shared, proof.axes)
+    else:
+        padding = {t for t in tables if _is_padding(t, proof)}
+        writer = SharedSites(graph, shared, proof.axes, padding, pools, fresh=kind == "branch")
     fresh: list[Node] = []
     for node in module.graph.nodes:
         if node not in live or node in mapping:

@@ -52,12 +52,13 @@ def divided(graph: StepGraph, tensors: dict[str, Tensor]) -> tuple[DecoderProgra
         raise GenerationError(f"the model takes {taken}; a decoder gives token ids and a padding mask only.")
     groups = projection_groups(graph.step.graph, tensors)
     packing = arranged(graph.step.graph, tensors, groups)
-    step, first = _copied(graph.step), _copied(graph.first)
-    for module in (step, first):
+    graphs = {"step": _copied(graph.step), "first": _copied(graph.first)}
+    graphs |= {name: _copied(module) for name, module in graph.shared.items()}
+    for module in graphs.values():
         fuse_projections(module, groups)
-    _narrow(step.graph.nodes)
-    _narrow(next(iter(reversed(first.graph.nodes))).args[0][:1])  # type: ignore[index]
-    graphs = {"one": one_token_graph(step), "step": step, "first": first}
+    _narrow(graphs["step"].graph.nodes)
+    _narrow(next(iter(reversed(graphs["first"].graph.nodes))).args[0][:1])  # type: ignore[index]
+    graphs["one"] = one_token_graph(graphs["step"])
     return DecoderPrograms(graph.layout, {name: cut(g) for name, g in graphs.items()}), packing
 
 

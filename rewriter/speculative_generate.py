@@ -11,6 +11,7 @@ from subquad.ir.errors import GenerationError, SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.passes.speculate.draft_model import DraftModel
 from subquad.runtime.pacing import MOST
+from subquad.runtime.sharing_plan import SharingPlan
 from subquad.speculation_words import LOOKUP, NGRAM, spoken
 
 OWN = ("assistant_tokenizer", "custom_generate", "negative_prompt_ids", "past_key_values", "inputs_embeds", "position_ids",
@@ -19,6 +20,8 @@ OWN = ("assistant_tokenizer", "custom_generate", "negative_prompt_ids", "past_ke
 SEARCH = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
           "force_words_ids": None, "low_memory": None, "token_healing": False}  # fmt: skip
 """Settings, with the value that leaves decoding one token after another."""
+SHARE = "share_prefix"
+"""The word by which a call turns sharing off."""
 DRAFTED = 5
 """Tokens that an assistant model drafts for a pass when nobody says how many."""
 WORTH_COMPILING = 2**24
@@ -29,8 +32,9 @@ class SpeculativeGenerate:
     """The bound replacement of a model's `generate`; what it cannot decode goes to the model's own.
 
     Arguments are prepared by Hugging Face's generate, which is then handed the decoding method.  The words of
-    `subquad.speculation_words` are taken beside them, and an `assistant_model` drafts.  `why_not` says why the last call was
-    left to the model's own decoding, None when it was not.
+    `subquad.speculation_words` are taken beside them, an `assistant_model` drafts, and share_prefix=False turns off that
+    what rows have in common is computed and stored once.  `why_not` says why the last call was left to the model's own
+    decoding, None when it was not; `sharing` what its rows had in common.
     """
 
     def __init__(self, model: Any, rewrite: LoopRewrite) -> None:
@@ -38,6 +42,7 @@ class SpeculativeGenerate:
         self.model, self.rewrite = model, rewrite
         self.modules = sum(1 for _ in model.modules())
         self.why_not: str | None = None
+        self.sharing: SharingPlan | None = None
         self._places: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,6 +52,7 @@ class SpeculativeGenerate:
     def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`.  Raises GenerationError or PassError for words of speculation that do not fit."""
         own = type(self.model).generate
+        share, self.sharing = bool(kwargs.pop(SHARE, True)), None
         config = generation_config if generation_config is not None else self.model.generation_config
         self.why_not = _left(config, kwargs) or self._changed()
         if self.why_not is not None:
@@ -65,11 +71,14 @@ class SpeculativeGenerate:
         if drafter is None and chosen is not None:
             drafter = decoder.drafter(chosen)
         most = MOST if chosen is None else 1 + chosen.num_speculative_tokens
-        decode = functools.partial(decoder.decode, most=most)
+        decode = functools.partial(decoder.decode, most=most, share=share, on_sharing=self._found)
         call = HuggingFaceCall(decode, decoder.engine.device, drafter, kwargs.get("streamer"))
         result = own(self.model, inputs, given, custom_generate=call, **_criteria(config, kwargs))
         self.why_not = call.why_not
         return result
+
+    def _found(self, plan: SharingPlan) -> None:
+        self.sharing = plan
 
     def _changed(self) -> str | None:
         """Why the captured graph no longer says what the model computes; None when it does."""

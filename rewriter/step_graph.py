@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx
@@ -13,6 +13,7 @@ STREAM = "stream"
 """Key in a node's meta: the value is [batch, tokens, ...] and the graph may be cut behind it."""
 PROMPT_INPUTS = ("columns",)
 STEP_INPUTS = ("columns", "rows", "places", "queries", "keys", "tree", "real")
+SHARED_INPUTS = (*STEP_INPUTS, "nodes")
 WRITES = (torch.ops.aten.index_copy_.default, torch.ops.aten.index_put_.default)
 """The operations by which a graph writes to buffers."""
 
@@ -35,9 +36,13 @@ class StepGraph:
     [B, w] (the columns by row), `keys` int64 [B, S] (the column that each slot holds), `tree` bool [B, w, S] (the slots that
     come before a token, itself included), `real` bool [B, w] (False for a token that recurrent states shall not see), tables,
     pasts [1, N] and states as above.
-    Both return the logits [B, T or 1, N, vocabulary] and the new recurrent states; buffers are written in place.
+    shared: the same step for rows that share keys; empty when they cannot.  "joined": keys and values are those of shared nodes
+    and the row's own; beside the above, `nodes` int64 [n, 5] (see kernels.prefix_attention) and per softmax site i
+    `shared_k_i`, `shared_v_i` [slots, heads, dim].  "branch": the rows have no keys of their own yet.  No row has padding.
+    All return the logits [B, T or 1, N, vocabulary] and the new recurrent states; buffers are written in place.
     """
 
     step: torch.fx.GraphModule
     first: torch.fx.GraphModule
     layout: DecoderLayout
+    shared: dict[str, torch.fx.GraphModule] = field(default_factory=dict)

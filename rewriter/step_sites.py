@@ -57,10 +57,8 @@ class StepSites:
     at the columns of queries and slots, and `tree` says which slots hold what comes before a query at all.
     """
 
-    def __init__(
-        self, graph: torch.fx.Graph, shared: Mapping[str, Node], axes: Mapping[Node, TokenAxis], tokens: Node
-    ) -> None:
-        self.graph, self.shared, self.axes, self.tokens = graph, shared, axes, tokens
+    def __init__(self, graph: torch.fx.Graph, shared: Mapping[str, Node], axes: Mapping[Node, TokenAxis]) -> None:
+        self.graph, self.shared, self.axes = graph, shared, axes
         size = aten.sym_size.int
         self.batch, self.width = (graph.call_function(size, (shared["queries"], n)) for n in (0, 1))
         self.slots = graph.call_function(size, (shared["keys"], 1))
@@ -90,9 +88,7 @@ class StepSites:
 
     def _softmax(self, site: Node, named: dict[str, Any], mapping: dict[Node, Node], state: list[Node]) -> None:
         call, shared = self.graph.call_function, self.shared
-        for name, buffer in zip(("k", "v"), state, strict=True):
-            new = call(aten.select.int, (mapping[operator_arguments(site)[name][0]], 0, 0))
-            written = call(aten.index_put_.default, (buffer, [shared["rows"], shared["places"]], new))
+        for name, written in self._written(site, mapping, state).items():
             named[name] = [call(aten.slice.Tensor, (written, 1, 0, self.slots))]
         named["positions"] = [shared["keys"]]
         named["q_positions"] = shared["queries"]
@@ -100,6 +96,14 @@ class StepSites:
         seen = f"t{len(named['operands'])}[b, i, j]"
         named["spec"] = replace(spec, mask=f"({spec.mask}) & {seen}").json()
         named["operands"] = [*named["operands"], shared["tree"]]
+
+    def _written(self, site: Node, mapping: dict[Node, Node], state: list[Node]) -> dict[str, Node]:
+        """The buffers of a softmax by argument, with the new keys and values in their places."""
+        call, shared, found = self.graph.call_function, self.shared, {}
+        for name, buffer in zip(("k", "v"), state, strict=True):
+            new = call(aten.select.int, (mapping[operator_arguments(site)[name][0]], 0, 0))
+            found[name] = call(aten.index_put_.default, (buffer, [shared["rows"], shared["places"]], new))
+        return found
 
     def _by_row(self, source: Node, value: Node) -> Node:
         """A value over the strung tokens, [1, B * w, ...], as [B, w, ...]; any other as it is."""

@@ -129,7 +129,8 @@ def test_the_stored_decoder_is_the_derived_one(saved: Path, tiny_llama_source: P
     for name, schedule in derived.programs.schedules.items():
         again = stored.programs.schedules[name]
         assert [p.key for p in again.programs()] == [p.key for p in schedule.programs()]
-        assert [o.key for o in stored._orders(again)] == [o.key for o in derived._orders(schedule)]
+        if name in {one.name for one in derived.programs.layout.classes}:
+            assert [o.key for o in stored._orders(again)] == [o.key for o in derived._orders(schedule)]
     assert {n: t.shape for n, t in derived.weights.items() if n.startswith("packed_")} == {
         n: t.shape for n, t in stored.weights.items() if n.startswith("packed_")
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.ir.errors import GenerationError
 from subquad.runtime.layout import DecoderLayout
-from subquad.runtime.pass_inputs import StepInputs, lag, next_tokens, prompt_inputs
+from subquad.runtime.pass_inputs import StepInputs, Tokens, lag, next_tokens, prompt_inputs
 from subquad.runtime.schedule import Runner, Schedule
 from subquad.runtime.state import DecoderState, Pending, Recurrence, commit, cut_back, new_state, remember, reserve
 
@@ -108,6 +108,33 @@ class DecodeEngine:
             cut_back(self.layout, state, [columns] * state.batch if isinstance(columns, int) else columns)
 
     @property
+    def shares(self) -> bool:
+        """Whether rows of a state may share keys and values."""
+        return "branch" in self.eager
+
+    def branch(self, state: DecoderState, ids: Tensor, widths: Sequence[int]) -> Tensor:
+        """Append the first widths[b] of ids [B, w] to each row b, and return the logits [B, vocabulary] behind its last one.
+
+        The rows have no columns of their own yet, what they share aside.  No row has padding; what stands behind a row's
+        tokens is of no account, and neither are the logits of a row that gets none.  Raises GenerationError as `run` does.
+        """
+        with torch.inference_mode():
+            total = max(length + width for length, width in zip(state.lengths, widths, strict=True))
+            self._admit(state, ids, None, total)
+            batch, width = ids.shape
+            nodes, given = state.arange[:width], torch.tensor(widths, device=state.device)
+            columns = (torch.tensor(state.lengths, device=state.device)[:, None] + nodes).clamp_max(total - 1)
+            real = None if min(widths) == width else nodes < given[:, None]
+            inputs = StepInputs(
+                self.layout, state, Tokens(ids, columns, nodes.expand(batch, width), None, real, total, width)
+            )
+            ends = torch.arange(batch, device=state.device) * width + (given - 1).clamp_min(0)
+            logits = _execute(self.eager["branch"], inputs, self.layout, state, ids.shape, True, ends=ends)
+            state.lengths = [length + more for length, more in zip(state.lengths, widths, strict=True)]
+            state.recurrence = state.recurrence._replace(columns=tuple(state.lengths))
+            return logits[:, -1]
+
+    @property
     def blocks(self) -> int:
         """Parts of the network, one after another on the residual stream, that `verify` can leave out."""
         return self.eager["step"].schedule.tail
@@ -121,10 +148,13 @@ class DecodeEngine:
         inputs = StepInputs(self.layout, state, next_tokens(state, ids, None))
         return _execute(chosen, inputs, self.layout, state, ids.shape, False)
 
-    def _admit(self, state: DecoderState, ids: Tensor, mask: Tensor | None) -> None:
-        """Make room for tokens, and write them where they stay when all are kept.  Raises GenerationError."""
+    def _admit(self, state: DecoderState, ids: Tensor, mask: Tensor | None, total: int | None = None) -> None:
+        """Make room for tokens, and write them where they stay when all are kept.  Raises GenerationError.
+
+        total: columns of the longest row behind them, when not every row gets all.
+        """
         batch, width = ids.shape
-        total, names = state.length + width, self.layout.inputs
+        total, names = state.length + width if total is None else total, self.layout.inputs
         if batch != state.batch or width == 0:
             raise GenerationError(f"a step of shape {list(ids.shape)} does not fit a state of {state.batch} rows.")
         if self.layout.limit is not None and total > self.layout.limit:
@@ -136,10 +166,10 @@ class DecodeEngine:
                 "the model takes no attention mask, so padded rows cannot be decoded; give rows of one length."
             )
         cut_back(self.layout, state, [0] * batch)
-        reserve(state, total + width + lag(state))
+        reserve(state, 2 * width + lag(state))
         for name, value in zip(names, (ids, 1 if mask is None else mask), strict=False):
             if len(set(state.lengths)) == 1:
-                state.tokens[name][:, state.lengths[0] : total] = value
+                state.tokens[name][:, state.lengths[0] : state.lengths[0] + width] = value
             else:
                 starts = torch.tensor(state.lengths, device=state.device)[:, None]
                 values = torch.as_tensor(value, device=state.device).expand(batch, width)
@@ -162,7 +192,10 @@ class DecodeEngine:
         remember(state)
         known = None if parents is None else parents.expand(batch, width).tolist()
         state.pending = Pending(ids, known, state.recurrence)
-        chosen = self._compiled(1, tokens.ids.numel()) or self.eager["step"]
+        if state.shared is None:
+            chosen = self._compiled(1, tokens.ids.numel()) or self.eager["step"]
+        else:
+            chosen = self.eager["joined"]
         inputs = StepInputs(self.layout, state, tokens)
         logits = _execute(chosen, inputs, self.layout, state, tokens.ids.shape, last_only, skip, streams)
         if streams is not None:
@@ -178,11 +211,12 @@ class DecodeEngine:
 
 def _execute(
     chosen: Executor, shared: SharedInputs, layout: DecoderLayout, state: DecoderState, shape: tuple[int, ...],
-    last_only: bool, skip: Collection[int] = (), streams: list[Tensor] | None = None,
+    last_only: bool, skip: Collection[int] = (), streams: list[Tensor] | None = None, ends: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits [B, w or 1, V] of a pass of this shape [B, w]; the recurrent states become those after it.
 
-    streams: receives the stream [B, w, ...] behind the last attention.
+    streams: receives the stream [B, w, ...] behind the last attention.  ends: int64 [B], the place of each row's last token
+    among all tokens of the pass, where it is not the last column's.
     """
     schedule, tensors = chosen.schedule, _named_states(layout, state)
     stream, *sides = chosen.entry([*(shared[name] for name in chosen.reads), *chosen.entry_weights])
@@ -193,19 +227,26 @@ def _execute(
             if streams is not None:
                 streams.append(_by_row(stream, shape))
             if last_only:
-                stream, kept = stream[:, shape[1] - 1 :: shape[1]], (shape[0], 1)
+                stream, kept = _last(stream, shape, ends), (shape[0], 1)
         if n in skip and n < schedule.tail:
             continue
         outputs = runner([stream, *(sides[i] for i in used), *weights, *(tensors[name] for name in names)])
         stream = outputs[0]
         if returned:
-            recurrent = [name for name in names if name[0] in "sw"]
+            recurrent = [name for name in names if name.rpartition("_")[0] in RECURRENT]
             tensors.update(zip(_in_order(recurrent), outputs[1:], strict=True))
     _take_recurrent(layout, state, tensors, shape[1])
     if streams == []:
         streams.append(_by_row(stream, shape))
+    if last_only and kept == shape and ends is not None:
+        stream, kept = _last(stream, shape, ends), (shape[0], 1)
     stream = _by_row(stream, kept)
     return stream[:, -1:] if last_only else stream
+
+
+def _last(stream: Tensor, shape: tuple[int, ...], ends: Tensor | None) -> Tensor:
+    """The last token of each row of a stream [B, w, ...] or [1, B * w, ...]."""
+    return stream[:, shape[1] - 1 :: shape[1]] if ends is None else stream.index_select(1, ends)
 
 
 def _by_row(stream: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -233,8 +274,17 @@ def _in_order(names: Sequence[str]) -> list[str]:
 def _named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
     """The state tensors by placeholder name."""
     keys, values, recurrent = iter(state.k), iter(state.v), iter(state.recurrence.sites)
-    named: dict[str, Tensor] = {}
+    above, named = _above(state), dict[str, Tensor]()
     for n, site in enumerate(layout.sites):
         tensors = (next(keys), next(values)) if site.kind == "kv" else next(recurrent)
         named.update((f"{name}_{n}", t) for name, t in zip(site.names, tensors, strict=True))
+        if site.kind == "kv":
+            named |= {f"shared_k_{n}": next(above[0]), f"shared_v_{n}": next(above[1])}
     return named
+
+
+def _above(state: DecoderState) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    """The shared keys and values of each KV site; without slots where nothing is shared."""
+    if state.shared is None:
+        return (t[0, :0] for t in state.k), (t[0, :0] for t in state.v)
+    return iter(state.shared.k), iter(state.shared.v)

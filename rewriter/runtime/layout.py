@@ -58,6 +58,12 @@ class DecoderLayout:
         return not reads_ids and all(site.kind == "kv" for site in self.sites)
 
     @functools.cached_property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values that a token leaves in all sites together."""
+        kv = [site for site in self.sites if site.kind == "kv"]
+        return sum(site.kv_heads * (site.key_dim + site.value_dim) * site.dtype.itemsize for site in kv)
+
+    @functools.cached_property
     def classes(self) -> tuple[WidthClass, ...]:
         """The classes of calls for which the decoder is compiled."""
         return width_classes(any(site.kind == "recurrent" for site in self.sites))

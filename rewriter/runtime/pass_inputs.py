@@ -19,7 +19,7 @@ class Tokens:
 
     ids: int64 [B, w].  columns: int64 [B, w], the place of each in its row.  places: int64 [B, w], the slots of their keys.
     tree: bool [B, w, w], which of them each one comes after, itself included; None where columns say it.  real: bool [B, w],
-    None where all are.  slots: slots that are read.
+    None where all are.  total: columns of the longest row behind them.  slots: slots of a row's own keys that are read.
     """
 
     ids: Tensor
@@ -27,6 +27,7 @@ class Tokens:
     places: Tensor
     tree: Tensor | None
     real: Tensor | None
+    total: int
     slots: int
 
 
@@ -35,23 +36,24 @@ def next_tokens(state: DecoderState, ids: Tensor, parents: Tensor | None) -> Tok
 
     Tokens that a recurrent state has not seen yet run before them again.
     """
-    width, total = ids.shape[1], state.length + ids.shape[1]
-    lengths = torch.tensor(state.lengths, device=state.device)[:, None]
+    width = ids.shape[1]
+    total, slots = state.length + width, state.own + width
+    lengths, base = (torch.tensor(side, device=state.device)[:, None] for side in (state.lengths, state.base))
     nodes = state.arange[:width]
     if parents is not None:
         tree = ancestors(parents).expand(state.batch, width, width)
-        return Tokens(ids, lengths + tree.sum(-1) - 1, lengths + nodes, tree, None, total)
+        return Tokens(ids, lengths + tree.sum(-1) - 1, lengths - base + nodes, tree, None, total, slots)
     behind = lag(state)
     if not behind:
         columns = lengths + nodes
-        return Tokens(ids, columns, columns, None, None, total)
+        return Tokens(ids, columns, columns - base, None, None, total, slots)
     seen = torch.tensor(state.recurrence.columns, device=state.device)[:, None]
     columns = lengths - behind + state.arange[: behind + width]
     real = columns >= seen
-    places = torch.where(real, columns, total + state.arange[: behind + width])
+    places = torch.where(real, columns - base, slots + state.arange[: behind + width])
     columns = torch.where(real, columns, (lengths - 1).clamp_min(0))
     held = next(iter(state.tokens.values())).gather(1, columns[:, :behind])
-    return Tokens(torch.cat([held, ids], 1), columns, places, None, real, total)
+    return Tokens(torch.cat([held, ids], 1), columns, places, None, real, total, slots)
 
 
 def lag(state: DecoderState) -> int:
@@ -80,7 +82,7 @@ class StepInputs:
         if not self.history:
             assert self.layout.history is not None
             self.history = self.layout.history(
-                *(self.state.tokens[one][:, : self.tokens.slots] for one in self.layout.inputs)
+                *(self.state.tokens[one][:, : self.tokens.total] for one in self.layout.inputs)
             )
         if kind == "table":
             return self.history[int(number)].contiguous()
@@ -105,7 +107,13 @@ class StepInputs:
     def _keys(self) -> Tensor:
         tokens = self.tokens
         keys = self.state.arange[: tokens.slots].expand(self.state.batch, -1)
+        if self.state.shared is not None:
+            keys = keys + keys.new_tensor(self.state.base)[:, None]
         return keys.contiguous() if tokens.tree is None else keys.scatter(1, tokens.places, tokens.columns)
+
+    def _nodes(self) -> Tensor:
+        shared = self.state.shared
+        return torch.empty(0, 5, dtype=torch.int64) if shared is None else shared.nodes
 
     def _tree(self) -> Tensor:
         tokens, (batch, width) = self.tokens, self.tokens.ids.shape
@@ -128,6 +136,7 @@ _VALUES: dict[str, Callable[[StepInputs], Tensor]] = {
     "keys": StepInputs._keys,
     "tree": StepInputs._tree,
     "real": StepInputs._real,
+    "nodes": StepInputs._nodes,
 }
 
 

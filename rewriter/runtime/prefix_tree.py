@@ -59,6 +59,51 @@ def common_columns(ids: Tensor) -> int:
     return int(same.shape[0] if bool(same.all()) else same.int().argmin())
 
 
+@dataclass(frozen=True)
+class SortedRows:
+    """The rows of a batch in an order in which those with a common prefix are neighbours.
+
+    order, place, begin: see Sharing.  common: columns that each sorted row has in common with the next.  free: columns of
+    each sorted row that may be shared.  length: columns of each sorted row.
+    """
+
+    order: Tensor
+    place: Tensor
+    begin: Tensor
+    common: list[int]
+    free: list[int]
+    length: list[int]
+
+    def tree(self, least: int, levels: int) -> Sharing:
+        """The prefixes that pay; see find_sharing."""
+        batch = len(self.free)
+        nodes = _nodes(self.common, self.free, least, levels)
+        shared = torch.zeros(batch, dtype=torch.int64)
+        for node in nodes:
+            shared[node.first : node.first + node.rows] = node.stop
+        return Sharing(self.order, self.place, self.begin, shared, tuple(nodes), _by_level(nodes, batch))
+
+
+def sorted_rows(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None, own: int = 1) -> SortedRows:
+    """Sort the rows of ids [B, T]; arguments as those of find_sharing.
+
+    The longest common prefixes of neighbours then hold the whole compressed trie (Kasai et al. 2001, intervals of the array
+    of longest common prefixes).
+    """
+    batch, width = ids.shape
+    begin, length = _extent(mask, batch, width)
+    rows = _from_the_left(ids, begin, length)
+    if keys is not None:
+        rows = torch.cat([keys[:, None].to(rows.dtype), rows], 1)
+    lead = 0 if keys is None else 1
+    order = _sorted(rows)
+    rows, length = rows.index_select(0, order), length.index_select(0, order)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(batch)
+    free = (length - own).clamp_min(0).tolist()
+    return SortedRows(order, place, begin, _neighbours(rows, lead), free, length.tolist())
+
+
 def find_sharing(
     ids: Tensor,
     mask: Tensor | None = None,
@@ -75,27 +120,8 @@ def find_sharing(
     too (an adapter, a hash of an image). least: a node of l columns and n rows is kept where (n - 1) * l >= least * n,
     since it costs each of its rows one more partial state; what is not kept falls to the nodes below. own: columns at the
     end of each row that are never shared, since their logits are wanted. Raises ValueError for a mask with holes.
-
-    Rows are sorted; the longest common prefixes of neighbours then hold the whole compressed trie (Kasai et al. 2001,
-    intervals of the array of longest common prefixes).
     """
-    batch, width = ids.shape
-    begin, length = _extent(mask, batch, width)
-    rows = _from_the_left(ids, begin, length)
-    if keys is not None:
-        rows = torch.cat([keys[:, None].to(rows.dtype), rows], 1)
-    lead = 0 if keys is None else 1
-    order = _sorted(rows)
-    rows, length = rows.index_select(0, order), length.index_select(0, order)
-    common = _neighbours(rows, lead)
-    free = (length - own).clamp_min(0)
-    nodes = _nodes(common, free.tolist(), least, levels)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(batch)
-    shared = torch.zeros(batch, dtype=torch.int64)
-    for node in nodes:
-        shared[node.first : node.first + node.rows] = node.stop
-    return Sharing(order, place, begin, shared, tuple(nodes), _by_level(nodes, batch))
+    return sorted_rows(ids, mask, keys, own).tree(least, levels)
 
 
 def _extent(mask: Tensor | None, batch: int, width: int) -> tuple[Tensor, Tensor]:

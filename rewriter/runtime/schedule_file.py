@@ -60,7 +60,9 @@ def _write_schedule(schedule: Schedule, place: dict[str, int]) -> dict[str, Any]
         "calls": [[place[c.program.key], list(c.sides), list(c.weights), list(c.states)] for c in schedule.calls],
         "raw": list(schedule.raw),
         "tail": schedule.tail,
-        "forms": [[write_form(form) for form in schedule.forms[p.key]] for p in schedule.programs()],
+        "forms": [
+            [write_form(form) for form in schedule.forms[p.key]] for p in schedule.programs() if p.key in schedule.forms
+        ],
     }
 
 
@@ -73,6 +75,7 @@ def _read_schedule(data: dict[str, Any], programs: list[Program]) -> Schedule:
         given = (len(call.sides), len(call.weights), len(call.states))
         if given != call.program.counts or not all(0 <= side < made for side in call.sides):
             raise ValueError("a call does not fit its program")
-    for program, forms in zip(schedule.programs(), data["forms"], strict=True):
+    known = data["forms"]
+    for program, forms in zip(schedule.programs() if known else (), known, strict=True):
         schedule.forms[program.key] = tuple(map(read_form, forms))
     return schedule

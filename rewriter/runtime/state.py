@@ -14,6 +14,8 @@ from subquad.runtime.layout import DecoderLayout, SiteState
 
 GRAIN = 256
 """Buffers grow to a multiple of this many slots, at least by half."""
+OWN_GRAIN = 16
+"""The same where rows share most of their columns, and there are many of them."""
 CHECKPOINTS = 4
 """Recurrent states of this many calls are kept; a rollback further than that replays the tokens."""
 
@@ -26,6 +28,28 @@ class Recurrence(NamedTuple):
 
     columns: tuple[int, ...]
     sites: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """Keys and values that rows have in common: a tree of nodes, each stored once.
+
+    k, v: per KV site [slots, Hkv, K|V], the slots of all nodes.  nodes: int64 [n, 5] on the CPU, see kernels.prefix_attention;
+    rows are those of the state.  columns: of each row, how many lie in nodes; they are its first.  recurrence: the recurrent
+    states of the rows behind them.
+    """
+
+    k: list[Tensor]
+    v: list[Tensor]
+    nodes: Tensor
+    columns: tuple[int, ...]
+    recurrence: Recurrence
+
+    def bytes(self) -> int:
+        """Bytes of the slots that nodes of the tree use, each once."""
+        spans = {(int(slot), int(length)) for slot, length in self.nodes[:, :2]}
+        slot = sum(t[0].numel() * t.element_size() for t in (*self.k, *self.v))
+        return slot * sum(length for _, length in spans)
 
 
 class Pending(NamedTuple):
@@ -44,10 +68,11 @@ class DecoderState:
     """State of one sequence batch; belongs to one caller and is not shared between threads.
 
     lengths: columns of each row so far, left padding included.  tokens: per token input an int64 buffer [B, capacity] by
-    column.  pools: keys and values of the KV sites, [sites, B, capacity, Hkv, K|V] for sites of one form; slot s of a row
-    holds column s, and the nodes of a pending tree follow behind the row's length.  k, v: per KV site its part of the
-    pools.  recurrence: it may lag behind the lengths; the next pass then runs the tokens between again.  checkpoints: the
-    recurrence before earlier passes, newest last.
+    column.  pools: keys and values of the KV sites, [sites, B, slots, Hkv, K|V] for sites of one form; slot s of a row holds its
+    column base + s, and the nodes of a pending tree follow behind the row's length.  k, v: per KV site its part of the
+    pools.  shared: the keys and values of the columns before the base, which rows have in common; None where base is 0.
+    recurrence: it may lag behind the lengths; the next pass then runs the tokens between again.  checkpoints: the recurrence
+    before earlier passes, newest last.
     """
 
     device: torch.device
@@ -58,6 +83,7 @@ class DecoderState:
     v: list[Tensor]
     recurrence: Recurrence
     arange: Tensor
+    shared: SharedKeys | None = None
     pending: Pending | None = None
     checkpoints: list[Recurrence] = field(default_factory=list)
 
@@ -76,34 +102,59 @@ class DecoderState:
         """Columns that fit before the buffers grow."""
         return int(self.arange.shape[0])
 
+    @property
+    def base(self) -> tuple[int, ...]:
+        """Columns of each row that are shared; its own follow."""
+        return (0,) * self.batch if self.shared is None else self.shared.columns
+
+    @property
+    def own(self) -> int:
+        """Most columns of its own that a row has."""
+        return max(length - base for length, base in zip(self.lengths, self.base, strict=True))
+
     def bytes(self) -> int:
-        """Bytes of keys, values and recurrent states that are live now."""
+        """Bytes of keys, values and recurrent states that are live now; what rows share counts once."""
         slot = sum(t[0, 0].numel() * t.element_size() for t in (*self.k, *self.v))
-        return slot * sum(self.lengths) + sum(
-            t.numel() * t.element_size() for site in self.recurrence.sites for t in site
+        shared = 0 if self.shared is None else self.shared.bytes()
+        return (
+            slot * (sum(self.lengths) - sum(self.base))
+            + shared
+            + sum(t.numel() * t.element_size() for site in self.recurrence.sites for t in site)
         )
 
 
-def new_state(layout: DecoderLayout, batch: int, capacity: int, device: torch.device) -> DecoderState:
-    """An empty state for `batch` rows with room for `capacity` columns."""
-    capacity = max(GRAIN, -(-capacity // GRAIN) * GRAIN)
+def new_state(
+    layout: DecoderLayout, batch: int, capacity: int, device: torch.device, own: int | None = None
+) -> DecoderState:
+    """An empty state for `batch` rows with room for `capacity` columns, and for the keys of `own` of them (None: all)."""
+    capacity = _grains(capacity)
+    slots = capacity if own is None else _grains(own, OWN_GRAIN)
     tokens = {
         name: torch.full((batch, capacity), int(n > 0), dtype=torch.int64, device=device)
         for n, name in enumerate(layout.inputs)
     }
+    pools, k, v = key_buffers(layout, (batch, slots), device)
+    arange = torch.arange(capacity, device=device)
+    return DecoderState(device, [0] * batch, tokens, pools, k, v, empty_recurrence(layout, batch, device), arange)
+
+
+def key_buffers(
+    layout: DecoderLayout, shape: tuple[int, ...], device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(pools [sites, *shape, Hkv, K|V] of the sites of one form each; per KV site its keys and its values in them)."""
     kv = [site for site in layout.sites if site.kind == "kv"]
     forms = [*((s.kv_heads, s.key_dim, s.dtype) for s in kv), *((s.kv_heads, s.value_dim, s.dtype) for s in kv)]
     pools = {
-        form: torch.zeros(forms.count(form), batch, capacity, *form[:2], dtype=form[2], device=device)
+        form: torch.zeros(forms.count(form), *shape, *form[:2], dtype=form[2], device=device)
         for form in dict.fromkeys(forms)
     }
     parts = {form: iter(pool) for form, pool in pools.items()}
     buffers = [next(parts[form]) for form in forms]
-    arange = torch.arange(capacity, device=device)
-    empty = empty_recurrence(layout, batch, device)
-    return DecoderState(
-        device, [0] * batch, tokens, list(pools.values()), buffers[: len(kv)], buffers[len(kv) :], empty, arange
-    )
+    return list(pools.values()), buffers[: len(kv)], buffers[len(kv) :]
+
+
+def _grains(columns: int, grain: int = GRAIN) -> int:
+    return max(grain, -(-columns // grain) * grain)
 
 
 def empty_recurrence(layout: DecoderLayout, batch: int, device: torch.device) -> Recurrence:
@@ -123,17 +174,19 @@ def _empty(site: SiteState, batch: int, device: torch.device) -> tuple[Tensor, .
 
 
 def reserve(state: DecoderState, columns: int) -> None:
-    """Grow the buffers so that `columns` columns fit."""
-    if columns <= state.capacity:
-        return
-    capacity = -(-max(columns, state.capacity * 3 // 2) // GRAIN) * GRAIN
-    grow = capacity - state.capacity
-    names = list(state.tokens)
-    state.tokens = {
-        name: torch.nn.functional.pad(t, (0, grow), value=int(name != names[0])) for name, t in state.tokens.items()
-    }
-    _replace(state, [torch.nn.functional.pad(pool, (0, 0, 0, 0, 0, grow)) for pool in state.pools])
-    state.arange = torch.arange(capacity, device=state.device)
+    """Grow the buffers so that `columns` more columns of every row fit."""
+    total, own = state.length + columns, state.own + columns
+    if total > state.capacity:
+        capacity = _grains(max(total, state.capacity * 3 // 2))
+        grow, names = capacity - state.capacity, list(state.tokens)
+        state.tokens = {
+            name: torch.nn.functional.pad(t, (0, grow), value=int(name != names[0])) for name, t in state.tokens.items()
+        }
+        state.arange = torch.arange(capacity, device=state.device)
+    slots = state.pools[0].shape[2] if state.pools else own
+    if own > slots:
+        grow = _grains(max(own, slots * 3 // 2), GRAIN if state.shared is None else OWN_GRAIN) - slots
+        _replace(state, [torch.nn.functional.pad(pool, (0, 0, 0, 0, 0, grow)) for pool in state.pools])
 
 
 def _replace(state: DecoderState, pools: list[Tensor]) -> None:
@@ -172,8 +225,9 @@ def commit(state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
             if not 0 <= node < width or parents[node] != known:
                 raise GenerationError(f"{list(path)} is no path from the root of the draft of row {row}.")
             known = node
+    own = [length - base for length, base in zip(state.lengths, state.base, strict=True)]
     moves = [
-        (row, state.lengths[row] + node, state.lengths[row] + n)
+        (row, own[row] + node, own[row] + n)
         for row, path in enumerate(paths)
         for n, node in enumerate(path)
         if node != n
@@ -196,34 +250,72 @@ def commit(state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
 def cut_back(layout: DecoderLayout, state: DecoderState, columns: Sequence[int]) -> None:
     """Drop the last columns[b] columns of each row b, and what is pending.
 
-    Raises GenerationError when a row holds fewer columns.
+    Raises GenerationError when a row holds fewer columns of its own.
     """
-    for taken, length in zip(columns, state.lengths, strict=True):
-        if not 0 <= taken <= length:
-            raise GenerationError(f"a rollback of {taken} tokens was asked of a state that holds {length}.")
+    for taken, length, base in zip(columns, state.lengths, state.base, strict=True):
+        if not 0 <= taken <= length - base:
+            held = f"{length}, {base} of them shared with other rows" if base else f"{length}"
+            raise GenerationError(f"a rollback of {taken} tokens was asked of a state that holds {held}.")
     if state.pending is not None:
         state.recurrence, state.pending = state.pending.before, None
     state.lengths = [length - taken for taken, length in zip(columns, state.lengths, strict=True)]
     while any(done > length for done, length in zip(state.recurrence.columns, state.lengths, strict=True)):
-        state.recurrence = (
-            state.checkpoints.pop() if state.checkpoints else empty_recurrence(layout, state.batch, state.device)
-        )
+        first = empty_recurrence(layout, state.batch, state.device) if state.shared is None else state.shared.recurrence
+        state.recurrence = state.checkpoints.pop() if state.checkpoints else first
 
 
 def select(state: DecoderState, rows: Sequence[int]) -> DecoderState:
-    """A state of its own that holds these rows, in this order; a row may be taken more than once."""
-    index = torch.tensor(list(rows), dtype=torch.int64, device=state.device)
-    chosen = DecoderState(
+    """A state of its own that holds these rows, in this order; a row may be taken more than once.
+
+    What was shared stays shared; the rows' own keys and values are copied.
+    """
+    chosen = descendant(state, rows, list(state.pools), list(state.k), list(state.v))
+    chosen.shared = None if state.shared is None else chosen_rows(state.shared, rows)
+    _replace(chosen, [pool.index_select(1, _index(state, rows)) for pool in state.pools])
+    return chosen
+
+
+def descendant(
+    state: DecoderState, rows: Sequence[int], pools: list[Tensor], k: list[Tensor], v: list[Tensor]
+) -> DecoderState:
+    """A state of these rows with other buffers of keys and values."""
+    index = _index(state, rows)
+    return DecoderState(
         state.device,
         [state.lengths[row] for row in rows],
         {name: t.index_select(0, index) for name, t in state.tokens.items()},
-        list(state.pools), list(state.k), list(state.v),
+        pools, k, v,
         _selected(state.recurrence, rows, index),
         state.arange,
         checkpoints=[_selected(one, rows, index) for one in state.checkpoints],
     )  # fmt: skip
-    _replace(chosen, [pool.index_select(1, index) for pool in state.pools])
-    return chosen
+
+
+def chosen_rows(shared: SharedKeys, rows: Sequence[int]) -> SharedKeys:
+    """The same slots for other rows: a node is listed once for each run of rows that read it."""
+    found = []
+    for slot, length, column, first, count in shared.nodes.tolist():
+        reads = [first <= row < first + count for row in rows]
+        found += [(slot, length, column, start, stop - start) for start, stop in runs_of(reads)]
+    nodes = torch.tensor(sorted(found, key=lambda node: node[2]), dtype=torch.int64).view(-1, 5)
+    index = torch.tensor(list(rows), dtype=torch.int64)
+    columns = tuple(shared.columns[row] for row in rows)
+    return SharedKeys(shared.k, shared.v, nodes, columns, _selected(shared.recurrence, rows, index))
+
+
+def runs_of(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, behind the last) of each run of True."""
+    found: list[tuple[int, int]] = []
+    for place, flag in enumerate(flags):
+        if flag and found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        elif flag:
+            found.append((place, place + 1))
+    return found
+
+
+def _index(state: DecoderState, rows: Sequence[int]) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64, device=state.device)
 
 
 def _selected(recurrence: Recurrence, rows: Sequence[int], index: Tensor) -> Recurrence:

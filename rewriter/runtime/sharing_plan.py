@@ -1,0 +1,118 @@
+"""Decides how much of what the rows of a batch have in common is computed once, and says why when nothing is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subquad.runtime.prefix_tree import Sharing, SortedRows, sorted_rows
+
+PASS = 48
+"""Tokens in the time of which one more pass over the network reads its weights (measured on two cores in fp32)."""
+LEVELS = 3
+"""Most levels of a tree."""
+LEAST = 16
+"""Columns that a node of very many rows must have; see find_sharing."""
+GAIN = 0.95
+"""Share of the tokens of a padded batch above which nothing is shared."""
+WORTH = 2**27
+"""Bytes of keys and values that a decoding step must save before it does without compiled programs; those read them in the
+time that the operations between attention lose when they run one by one (measured on two cores)."""
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """What rows share.
+
+    rows, tokens: of the batch, padding left out.  computed: tokens that are computed.  sharing: the tree, None where nothing
+    is shared; why_not then says why.
+    """
+
+    rows: int
+    tokens: int
+    computed: int
+    sharing: Sharing | None
+    why_not: str | None = None
+
+    @property
+    def saved(self) -> int:
+        """Tokens that were not computed again."""
+        return self.tokens - self.computed
+
+    def stored_once(self, token_bytes: int, compiled_rows: int) -> bool:
+        """Whether keys stay shared while decoding, or each row gets its copy.
+
+        token_bytes: bytes of keys and values of a token.  compiled_rows: most rows that a compiled step takes, 0 without one.
+        """
+        return self.rows > compiled_rows or self.saved * token_bytes >= WORTH
+
+
+def plan_sharing(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None) -> SharingPlan:
+    """The tree of prefixes of ids [B, T] that makes the prompt cheapest; arguments as those of find_sharing."""
+    batch, width = ids.shape
+    if batch < 2:
+        return SharingPlan(batch, ids.numel(), ids.numel(), None, "there is one row")
+    try:
+        found = sorted_rows(ids.cpu(), None if mask is None else mask.cpu(), keys)
+    except ValueError:
+        return SharingPlan(batch, ids.numel(), ids.numel(), None, "the attention mask hides columns inside a row")
+    tokens = sum(found.length)
+    if min(found.length) == 0:
+        empty = int(found.order[found.length.index(0)])
+        return SharingPlan(batch, tokens, tokens, None, f"row {empty} holds no token")
+    if max(found.common) < LEAST:
+        return SharingPlan(
+            batch, tokens, tokens, None, f"no two rows have more than {max(found.common)} leading tokens in common"
+        )
+    trees = [found.tree(LEAST, levels) for levels in range(1, LEVELS + 1)]
+    costs = [prompt_cost(found, tree) for tree in trees]
+    best = min(range(LEVELS), key=lambda n: costs[n])
+    saved = trees[best].saved
+    if saved == 0 or costs[best] > GAIN * batch * width:
+        return SharingPlan(
+            batch, tokens, tokens, None,
+            f"sharing would save {saved} of {tokens} tokens, which is less than the passes that it adds cost",
+        )  # fmt: skip
+    return SharingPlan(batch, tokens, tokens - saved, trees[best])
+
+
+def prompt_cost(rows: SortedRows, sharing: Sharing) -> int:
+    """Tokens that are computed for a tree and the rows' own parts, padding and the reading of weights included."""
+    batches = [[sharing.nodes[n].stop - sharing.nodes[n].start for n in group] for group in batched(sharing)]
+    nodes = sum(max(lengths) * len(lengths) for lengths in batches)
+    own = max(length - shared for length, shared in zip(rows.length, sharing.shared.tolist(), strict=True))
+    return nodes + own * len(rows.length) + PASS * len(batches)
+
+
+def batched(sharing: Sharing) -> list[list[int]]:
+    """Numbers of nodes that run together: those of one level whose lengths are alike, so that little is padding."""
+    groups: list[list[int]] = []
+    for numbers in _levels(sharing):
+        lengths = {n: sharing.nodes[n].stop - sharing.nodes[n].start for n in numbers}
+        for n in sorted(numbers, key=lambda n: -lengths[n]):
+            longest = lengths[groups[-1][0]] if groups and groups[-1][0] in lengths else None
+            if longest is not None and len(groups[-1]) * (longest - lengths[n]) <= PASS:
+                groups[-1].append(n)
+            else:
+                groups.append([n])
+    return groups
+
+
+def _levels(sharing: Sharing) -> list[list[int]]:
+    levels: dict[int, list[int]] = {}
+    deep: list[int] = []
+    for n, parent in enumerate(parents(sharing)):
+        deep.append(0 if parent is None else deep[parent] + 1)
+        levels.setdefault(deep[n], []).append(n)
+    return [levels[d] for d in sorted(levels)]
+
+
+def parents(sharing: Sharing) -> list[int | None]:
+    """For each node the one above it."""
+    last: list[int | None] = [None] * len(sharing.order)
+    found = []
+    for n, node in enumerate(sharing.nodes):
+        found.append(last[node.first])
+        last[node.first : node.first + node.rows] = [n] * node.rows
+    return found
