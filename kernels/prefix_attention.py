@@ -41,12 +41,11 @@ def prefix_attention_forward(
     for slot, length, column, first, rows in nodes.tolist():
         stored, below = slice(slot, slot + length), slice(first, first + rows)
         key, value = k[None, stored], v[None, stored]
-        if what.mask is None and q.device.type == "cpu":
-            found = partial(q[below], key, value, what, None, None)
-        else:
-            found = _masked(q, key, value, column, below, what, predicate)
-            if found is None:
-                continue
+        plain = what.mask is None and q.device.type == "cpu"
+        found = partial(q[below], key, value, what, None, None) if plain else None
+        found = found or _masked(q, key, value, column, below, what, predicate)
+        if found is None:
+            continue
         whole[below], known[below] = merge(whole[below], known[below], *found)
     return whole.to(q.dtype)
 
