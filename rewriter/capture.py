@@ -8,7 +8,7 @@ import io
 import os
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
         raise CaptureError(
             f"{type(model).__name__} is in training mode with dropout, which no rewrite can keep exact; call model.eval() first."
         )
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), capturable():
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), capturable() as nested:
         if isinstance(model, torch.fx.GraphModule):
             try:
                 return from_symbolic_trace(model, args, kwargs, symbolic_axes((args, kwargs)))
@@ -61,7 +61,9 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
                 raise
             except Exception as error:
                 raise CaptureError(_capture_message(model, error)) from error
-        return _Exporting(model, args, kwargs, objects).captured()
+        found = _Exporting(model, args, kwargs, objects).captured()
+        found.guards = replace(found.guards, inference=nested.met)
+        return found
 
 
 @dataclass

@@ -30,7 +30,8 @@ class Guards:
 
     inputs: the names of the graph's inputs.  sizes: for each input its fixed sizes, None where an axis is symbolic.
     conditions: Python expressions over the inputs' shapes.  values: a graph from the inputs to the values that the forward
-    read out of tensors while it was captured, and those values.
+    read out of tensors while it was captured, and those values.  inference: the forward does something else where gradients
+    are recorded.
     """
 
     inputs: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class Guards:
     conditions: tuple[str, ...] = ()
     values: torch.fx.GraphModule | None = None
     expected: tuple[Any, ...] = ()
+    inference: bool = False
     _code: tuple[CodeType, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +47,10 @@ class Guards:
 
     def broken(self, tensors: Sequence[Any]) -> str | None:
         """Why the graph is not the forward's for these inputs, in its captured order; None when it is."""
+        if self.inference and torch.is_grad_enabled():
+            return (
+                "it leaves padded rows zero without gradients only, and was captured so; call it under torch.no_grad()"
+            )
         named = dict(zip(self.inputs, tensors, strict=False))
         for name, sizes in self.sizes.items():
             if named[name].is_nested:

@@ -11,12 +11,15 @@ from unittest import mock
 
 import torch
 
+from subquad.capture_nested import Nested
+
 
 @contextmanager
-def capturable() -> Iterator[None]:
+def capturable() -> Iterator[Nested]:
     """Inside the block library code takes the path that a graph can hold and that gives the same numbers.
 
-    The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA; masks
+    The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA, and
+    what the block is given says whether a forward would have taken nested tensors; masks
     are not compared with the causal one, which is only a hint beside the mask itself; a checkpointed region is an ordinary
     call, since nothing is recomputed without a backward pass; a module that moves itself to where it is stays; a condition
     on a length, as in `is_causal=length > 1`, is decided for the lengths that the capture holds for.
@@ -28,11 +31,14 @@ def capturable() -> Iterator[None]:
         log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
         stack.callback(setattr, log, "disabled", log.disabled)
         log.disabled = True
+        nested = Nested()
+        forward = torch.nn.TransformerEncoder.forward
+        stack.enter_context(mock.patch.object(torch.nn.TransformerEncoder, "forward", nested.forward(forward)))
         stack.enter_context(mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", _hinted))
         attend = torch.nn.functional.scaled_dot_product_attention
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _decided(attend)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", _moved_if_needed(torch.nn.Module.to)))
-        yield
+        yield nested
 
 
 def _hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

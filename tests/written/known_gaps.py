@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 WIDTHS = "a program whose batches are two symbols keeps (8·s1)//s2 as head size, which SDPA's own shape proves to be 8"
-NESTED = "the original takes nested tensors and leaves padded rows zero; captured it does not, and the rewrite is rolled back"
 EDGES = (
     "of inputs [B, N, N] and [B, N, N, 3] only two axes become symbolic: other N than the example's run the original"
 )
@@ -15,7 +14,6 @@ GAPS: dict[tuple[str, str], str] = {
     ("mha, other widths", "core"): WIDTHS,
     ("decoder", "core"): WIDTHS,
     ("decoder without the hint", "core"): WIDTHS,
-    ("encoder, padding, nested tensors allowed", "verified"): NESTED,
     **{
         (f"neighbours {how}", d): EDGES
         for how in ("by a product", "with edge features")
