@@ -1,10 +1,11 @@
-// Few rows times a weight matrix: every weight is read once, in one stream per thread, and summed in fp32.
+// Few rows times a weight matrix: a weight is read from memory once, in one stream per thread, and sums are in fp32.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include <omp.h>
 #if defined(__AVX512BF16__)
@@ -21,14 +22,15 @@ constexpr int LANES = 8, REGISTERS = 16;
 #else
 constexpr int LANES = 4, REGISTERS = 32;
 #endif
-constexpr int MOST = REGISTERS / 4;       // rows summed in one pass over a block of weight rows
-constexpr int TALL = 2;                   // weight rows in a block that more than TALL rows pass over; it stays in the caches
+constexpr int SUMS = REGISTERS / 2;       // sums of one tile, rows times columns; the other registers hold what is multiplied
+constexpr int MOST = SUMS / 2;            // rows of a tile at most
+constexpr int64_t AHEAD = 16 * 1024;      // bytes before they are read, weights are fetched into the second cache
 constexpr int64_t SHARES = 8;             // shares of the weight that a thread takes one after another
 constexpr int64_t SERIAL = 32 * 1024;     // weights below which a second thread costs more than it brings
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef float Four __attribute__((vector_size(16)));
+typedef uint16_t Shorts __attribute__((vector_size(LANES * 2)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -55,6 +57,16 @@ inline void narrow(float value, BFloat16& result) {
   }
 }
 
+inline void narrow(Floats values, float* results) { std::memcpy(results, &values, sizeof values); }
+
+inline void narrow(Floats values, BFloat16* results) {
+  Words bits, wrong = (Words)(values != values);
+  std::memcpy(&bits, &values, sizeof bits);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Shorts narrowed = __builtin_convertvector((bits & ~wrong) | (0x7fc0 & wrong), Shorts);
+  std::memcpy(results, &narrowed, sizeof narrowed);
+}
+
 struct alignas(64) Line {
   char bytes[64];
 };
@@ -66,12 +78,31 @@ inline To read(const From* from) {
   return result;
 }
 
+template <int STRIDE, size_t... LANE>
+inline Floats join(Floats a, Floats b, std::index_sequence<LANE...>) {
+  return __builtin_shufflevector(a, b, (LANE & STRIDE ? LANES + (LANE ^ STRIDE) : LANE)...) +
+         __builtin_shufflevector(a, b, (LANE & STRIDE ? LANES + LANE : LANE ^ STRIDE)...);
+}
+
+// Sums over the lanes of as many vectors as there are lanes: halves are added until one vector holds them all, in order.
+template <int STRIDE = LANES / 2>
+inline Floats sums(Floats* values) {
+#pragma GCC unroll 8
+  for (int k = 0; k < STRIDE; k++)
+    values[k] = join<STRIDE>(values[k], values[k + STRIDE], std::make_index_sequence<LANES>());
+  if constexpr (STRIDE > 1) return sums<STRIDE / 2>(values);
+  else return values[0];
+}
+
+// The sum of one vector, in the order of `sums`.
 inline float sum(Floats values) {
-  const float* from = reinterpret_cast<const float*>(&values);
-  Four all = read<Four>(from);
-#pragma GCC unroll 4
-  for (int lane = 4; lane < LANES; lane += 4) all += read<Four>(from + lane);
-  return (all[0] + all[2]) + (all[1] + all[3]);
+  float lanes[LANES];
+  std::memcpy(lanes, &values, sizeof lanes);
+#pragma GCC unroll 8
+  for (int stride = LANES / 2; stride > 0; stride /= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < stride; k++) lanes[k] += lanes[k + stride];
+  return lanes[0];
 }
 
 // How STEP weights and STEP numbers of a row meet: a row is kept as X, both are read into vectors and added to a sum in fp32.
@@ -128,10 +159,14 @@ struct Form<BFloat16> {
 };
 #endif
 
+// Into the second cache: the first has too few lines under way to keep up with the memory.
+inline void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+
 // x [rows, in] (rows stride apart), weight [out, in], bias [out] or null, y [rows, out].
-// arranged: x over the first `whole` of its numbers, which fill whole steps.
+// arranged: x over the first `whole` of its numbers, which fill whole steps, and rows of zeros up to whole tiles.
 template <typename T>
 struct Product {
+  static constexpr int STEP = Form<T>::STEP;
   const T* x;
   int64_t stride;
   const T *weight, *bias;
@@ -139,49 +174,93 @@ struct Product {
   int64_t rows, in, out, whole;
   const typename Form<T>::X* arranged;
 
-  // y at [row .. row + ROWS, column .. column + COLUMNS].
-  // One weight row is a stream that the processor follows by itself; of more, the block behind this one is fetched.
-  template <int ROWS, int COLUMNS>
-  void block(int64_t row, int64_t column) const {
-    constexpr int STEP = Form<T>::STEP, LINES = COLUMNS > 1 ? COLUMNS * STEP * sizeof(T) / 64 : 0;
-    Floats total[ROWS][COLUMNS] = {};
+  // What no whole step holds, and the bias.
+  float finished(int64_t row, int64_t column, float result) const {
     const T* from = weight + column * in;
-    const auto* numbers = arranged + row * whole;
-    const char* next = reinterpret_cast<const char*>(from + COLUMNS * in);
-    for (int64_t i = 0; i < whole; i += STEP, next += LINES * 64) {
-#pragma GCC unroll 8
-      for (int line = 0; line < LINES; line++) __builtin_prefetch(next + line * 64);
-      decltype(Form<T>::read_weight(from)) weights[COLUMNS];
-#pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; c++) weights[c] = Form<T>::read_weight(from + c * in + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        auto step = Form<T>::read_row(numbers + r * whole + i);
-#pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c++) add(total[r][c], weights[c], step);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; c++) {
-        float result = sum(total[r][c]);
-        for (int64_t i = whole; i < in; i++) result += widen(from[c * in + i]) * widen(x[(row + r) * stride + i]);
-        narrow(result + (bias ? widen(bias[column + c]) : 0.0f), y[(row + r) * out + column + c]);
-      }
+    for (int64_t i = whole; i < in; i++) result += widen(from[i]) * widen(x[row * stride + i]);
+    return result + (bias ? widen(bias[column]) : 0.0f);
   }
 
-  template <int ROWS, int COLUMNS>
-  void blocks(int64_t row, int64_t column) const {
-    for (; row + ROWS <= rows; row += ROWS) block<ROWS, COLUMNS>(row, column);
-    if constexpr (ROWS > 1)
-      if (row < rows) blocks<ROWS / 2, COLUMNS>(row, column);
+  // One row and one column.
+  void one(int64_t row, int64_t column) const {
+    Floats total = {};
+    const T* from = weight + column * in;
+    for (int64_t i = 0; i < whole; i += STEP)
+      add(total, Form<T>::read_weight(from + i), Form<T>::read_row(arranged + row * whole + i));
+    narrow(finished(row, column, sum(total)), y[row * out + column]);
+  }
+
+  // y at [row .. row + ROWS, column .. column + SUMS / ROWS], one or two columns at a time: a weight row alone is a stream that
+  // the processor follows by itself as long as little is computed with it, and with more rows two share what is read of x.
+  template <int ROWS>
+  void tile(int64_t row, int64_t column) const {
+    constexpr int COLUMNS = SUMS / ROWS, STREAMS = ROWS < MOST ? 1 : 2, LINES = STREAMS * STEP * sizeof(T) / 64;
+    Floats total[SUMS];
+    const T* from = weight + column * in;
+    const auto* numbers = arranged + row * whole;
+    const char* next = reinterpret_cast<const char*>(from) + AHEAD;
+#pragma GCC unroll 8
+    for (int first = 0; first < COLUMNS; first += STREAMS, from += STREAMS * in) {
+      Floats part[ROWS][STREAMS] = {};
+      for (int64_t i = 0; i < whole; i += STEP, next += LINES * 64) {
+#pragma GCC unroll 8
+        for (int line = 0; line < LINES && ROWS > 2; line++) fetch(next + line * 64);
+        decltype(Form<T>::read_weight(from)) weights[STREAMS];
+#pragma GCC unroll 8
+        for (int c = 0; c < STREAMS; c++) weights[c] = Form<T>::read_weight(from + c * in + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          auto step = Form<T>::read_row(numbers + r * whole + i);
+#pragma GCC unroll 8
+          for (int c = 0; c < STREAMS; c++) add(part[r][c], weights[c], step);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < STREAMS; c++) total[r * COLUMNS + first + c] = part[r][c];
+    }
+    const int live = std::min<int64_t>(ROWS, rows - row);
+    float results[SUMS];
+#pragma GCC unroll 8
+    for (int n = 0; n < SUMS; n += LANES) {
+      Floats all = sums(total + n);
+      std::memcpy(results + n, &all, sizeof all);
+    }
+    if (whole < in || bias)
+      for (int r = 0; r < live; r++)
+        for (int c = 0; c < COLUMNS; c++)
+          results[r * COLUMNS + c] = finished(row + r, column + c, results[r * COLUMNS + c]);
+    T narrowed[SUMS];
+#pragma GCC unroll 8
+    for (int n = 0; n < SUMS; n += LANES) narrow(read<Floats>(results + n), narrowed + n);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+      if (r < live) std::memcpy(y + (row + r) * out + column, narrowed + r * COLUMNS, COLUMNS * sizeof(T));
+  }
+
+  template <int ROWS>
+  void tiles(int64_t row, int64_t first, int64_t last) const {
+    constexpr int COLUMNS = SUMS / ROWS;
+    for (; first + COLUMNS <= last; first += COLUMNS) tile<ROWS>(row, first);
+    for (; first < last; first++)
+      for (int64_t r = row; r < std::min<int64_t>(row + ROWS, rows); r++) one(r, first);
+  }
+
+  template <int ROWS = MOST>
+  void fitting(int64_t row, int64_t first, int64_t last) const {
+    if constexpr (ROWS > 2)
+      if (rows - row <= ROWS / 2) return fitting<ROWS / 2>(row, first, last);
+    tiles<ROWS>(row, first, last);
   }
 
   void columns(int64_t first, int64_t last) const {
-    if (rows > TALL)
-      for (; first + TALL <= last; first += TALL) blocks<MOST, TALL>(0, first);
-    for (; first < last; first++) blocks<MOST, 1>(0, first);
+    if (rows == 1) {
+      for (; first < last; first++) one(0, first);
+      return;
+    }
+    for (; first < last; first += SUMS)
+      for (int64_t row = 0; row < rows; row += MOST) fitting(row, first, std::min<int64_t>(first + SUMS, last));
   }
 };
 
@@ -189,16 +268,17 @@ template <typename T>
 void linear(const T* x, int64_t stride, const T* weight, const T* bias, T* y, int64_t rows, int64_t in, int64_t out) {
   typedef typename Form<T>::X X;
   constexpr int64_t STEP = Form<T>::STEP;
-  const int64_t whole = in - in % STEP;
-  std::unique_ptr<Line[]> lines(new Line[rows * whole * sizeof(X) / sizeof(Line) + 1]);
+  const int64_t whole = in - in % STEP, filled = rows == 1 ? 1 : (rows + MOST - 1) / MOST * MOST;
+  std::unique_ptr<Line[]> lines(new Line[filled * whole * sizeof(X) / sizeof(Line) + 1]);
   X* arranged = reinterpret_cast<X*>(lines.get());
   for (int64_t row = 0; row < rows; row++)
     for (int64_t i = 0; i < whole; i += STEP) Form<T>::arrange(x + row * stride + i, arranged + row * whole + i);
+  std::memset(static_cast<void*>(arranged + rows * whole), 0, (filled - rows) * whole * sizeof(X));
   const Product<T> product{x, stride, weight, bias, y, rows, in, out, whole, arranged};
   std::atomic<int64_t> next{0};
 #pragma omp parallel if (in * out > SERIAL)
   {
-    int64_t share = std::max<int64_t>(out / (SHARES * omp_get_num_threads()) / TALL, 1) * TALL;
+    int64_t share = std::max<int64_t>(out / (SHARES * omp_get_num_threads()) / SUMS, 1) * SUMS;
     for (int64_t first = next.fetch_add(share); first < out; first = next.fetch_add(share))
       product.columns(first, std::min(first + share, out));
   }

@@ -55,7 +55,7 @@ class Decoder:
         self.engine = DecodeEngine(programs.layout, eager, device)
         self.failure: str | None = None
         self._worker: threading.Thread | None = None
-        self._pacing: dict[tuple[int, int], MeasuredPacing] = {}
+        self._pacing: dict[tuple[int, int, type], MeasuredPacing] = {}
         self._drafters: dict[LoopRewrite, Drafter] = {}
 
     @property
@@ -158,16 +158,17 @@ class Decoder:
         plain = Greedy() if choice.greedy else SampleAndDescend()
         return speculate(
             TreeStepper(self.engine, room, share, on_sharing), ids, attention_mask, choice=choice, plain=plain,
-            ending=ending, drafter=drafter, pacing=pacing if pacing is not None else self._measured(min(most, MOST)),
+            ending=ending, drafter=drafter,
+            pacing=pacing if pacing is not None else self._measured(min(most, MOST), drafter),
         )  # fmt: skip
 
     def drafter(self, speculation: LoopRewrite) -> Drafter:
         """The drafter of a way to speculate; it is kept, so that what it learns serves later calls."""
         return self._drafters.setdefault(speculation, speculation.drafter())
 
-    def _measured(self, most: int) -> MeasuredPacing:
-        """The costs of the programs that are in use now, shared by all calls."""
-        return self._pacing.setdefault((len(self.engine.compiled), most), MeasuredPacing(most))
+    def _measured(self, most: int, drafter: Drafter | None) -> MeasuredPacing:
+        """What was measured of the programs that are in use now and of drafters of this kind, shared by all calls."""
+        return self._pacing.setdefault((len(self.engine.compiled), most, type(drafter)), MeasuredPacing(most))
 
     def compile(self, *, wait: bool = True, report: Report = lambda done, total: None) -> None:
         """Compile the programs of each width class, or load them from the cache; a class is in use once it is whole.

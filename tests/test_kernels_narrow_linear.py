@@ -61,6 +61,20 @@ def test_equals_float64_for_every_row_count(run: Callable[[list[torch.Tensor]], 
             assert error <= 2 * own + 4 * torch.finfo(torch.float32).eps, CASES[n]
 
 
+def test_a_row_gives_the_same_numbers_among_any_others(
+    run: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+) -> None:
+    """So that a token verified in a draft has the logits of one decoded alone."""
+    torch.manual_seed(0)
+    given = [torch.randn(o, i, dtype=dtype) for dtype, i, o in CASES] + [torch.randn(o, dtype=d) for d, _, o in CASES]
+    xs = [torch.randn(1, max(ROWS), i, dtype=dtype) for dtype, i, _ in CASES]
+    alone = [run([*(x[:, row : row + 1] for x in xs), *given]) for row in range(max(ROWS))]
+    for rows in ROWS[1:]:
+        for n, result in enumerate(run([*(x[:, :rows] for x in xs), *given])):
+            for row in range(rows):
+                assert torch.equal(result[:, row], alone[row][n][:, 0]), (CASES[n // 2], rows, row)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_infinity_and_not_a_number_survive(
     run: Callable[[list[torch.Tensor]], list[torch.Tensor]], value: float

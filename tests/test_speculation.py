@@ -22,7 +22,7 @@ from subquad.passes.speculate.recursive_rejection import RecursiveRejection
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
 from subquad.passes.speculate.speculative_sampling import SpeculativeSampling
 from subquad.runtime.chance import TorchChance, seeded
-from subquad.runtime.pacing import FixedPacing, MeasuredPacing
+from subquad.runtime.pacing import FixedPacing
 from subquad.runtime.processors import processors
 from subquad.runtime.speculation import Ending, speculate
 
@@ -278,48 +278,3 @@ def test_what_is_wrong_is_said() -> None:
         run(forward, Scripted(lambda prefix: random_model(1, 16)(prefix) + 50 * (torch.arange(16) == 9), "truth", 16))
     with pytest.raises(GenerationError, match="no allowed token"):
         run(lambda prefix: torch.full((8,), -torch.inf), knobs={"temperature": 1.0})
-
-
-def simulate(pacing: MeasuredPacing, hit: float, slope: float, passes: int = 400) -> tuple[int, int, float]:
-    """(tokens, nodes verified, seconds) with drafts whose depth-d node is accepted with probability hit^d, estimated right."""
-    source = random.Random(0)
-    tokens = nodes = 0
-    seconds = 0.0
-    for _ in range(passes):
-        allowed = pacing.allowance(1)
-        tree = DraftTree.chain(tuple(range(1 + min(allowed, 7))), tuple(hit**d for d in range(1 + min(allowed, 7))))
-        tree = pacing.cut([tree])[0]
-        accepted = 0
-        while accepted + 1 < len(tree) and source.random() < hit:
-            accepted += 1
-        cost = (1 + slope * (len(tree) - 1)) * source.uniform(0.95, 1.05)
-        pacing.record([tree], accepted + 1, cost)
-        tokens, nodes, seconds = tokens + accepted + 1, nodes + len(tree) - 1, seconds + cost
-    return tokens, nodes, seconds
-
-
-def test_pacing_drafts_where_it_pays_and_rests_where_it_does_not() -> None:
-    tokens, nodes, seconds = simulate(MeasuredPacing(), 0.8, 0.05)
-    assert tokens / seconds > 2.2
-    tokens, nodes, seconds = simulate(MeasuredPacing(), 0.05, 0.5)
-    assert tokens / seconds > 0.97
-    assert nodes < 60
-
-
-def test_pacing_rests_when_the_estimates_promise_too_much() -> None:
-    class Liar(MeasuredPacing):
-        def cut(self, trees):
-            return super().cut([DraftTree(t.tokens, t.parents, (1.0,) * len(t)) for t in trees])
-
-    tokens, _, seconds = simulate(Liar(), 0.1, 0.3)
-    assert tokens / seconds > 0.93
-
-
-def test_pacing_shares_a_pass_among_the_rows_by_value() -> None:
-    pacing = MeasuredPacing(most=8)
-    for width in (2, 2, 4, 4, 8, 8):
-        pacing.costs.add(width, 1 + 0.01 * width)
-    good = DraftTree.chain((1, 2, 3, 4, 5, 6), (1.0, 0.9, 0.9, 0.9, 0.9, 0.9))
-    bad = DraftTree.chain((1, 2, 3, 4, 5, 6), (1.0, 0.001, 0.001, 0.001, 0.001, 0.001))
-    one, none, two = pacing.cut([good, None, bad])
-    assert (len(one), none, len(two)) == (6, None, 1)
