@@ -208,10 +208,11 @@ def test_holes_adapters_and_identical_rows() -> None:
 
 def test_keys_stay_shared_where_that_pays() -> None:
     plan = plan_sharing(torch.arange(500).expand(8, -1))
-    assert plan.stored_once(1, 0)
-    assert not plan.stored_once(1, 16)
-    assert plan.stored_once(10**6, 16)
-    assert plan_sharing(torch.arange(500).expand(17, -1)).stored_once(1, 16)
+    assert plan.decided(1, 0).once
+    assert not plan.decided(1, 16).once
+    assert plan.decided(10**6, 16).once
+    assert plan_sharing(torch.arange(500).expand(17, -1)).decided(1, 16).once
+    assert not plan_sharing(torch.arange(500)[None]).decided(10**9, 0).once
 
 
 @pytest.fixture(scope="module")

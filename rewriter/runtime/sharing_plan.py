@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class SharingPlan:
     """What rows share.
 
     rows, tokens: of the batch, padding left out.  computed: tokens that are computed.  sharing: the tree, None where nothing
-    is shared; why_not then says why.
+    is shared; why_not then says why.  once: whether keys stay stored once while decoding; otherwise each row gets its copy.
     """
 
     rows: int
@@ -34,18 +35,37 @@ class SharingPlan:
     computed: int
     sharing: Sharing | None
     why_not: str | None = None
+    once: bool = False
 
     @property
     def saved(self) -> int:
         """Tokens that were not computed again."""
         return self.tokens - self.computed
 
-    def stored_once(self, token_bytes: int, compiled_rows: int) -> bool:
-        """Whether keys stay shared while decoding, or each row gets its copy.
+    def decided(self, token_bytes: int, compiled_rows: int) -> SharingPlan:
+        """The plan with `once` decided.
 
         token_bytes: bytes of keys and values of a token.  compiled_rows: most rows that a compiled step takes, 0 without one.
         """
-        return self.rows > compiled_rows or self.saved * token_bytes >= WORTH
+        pays = self.rows > compiled_rows or self.saved * token_bytes >= WORTH
+        return replace(self, once=self.sharing is not None and pays)
+
+    def json(self) -> dict[str, Any]:
+        """The public words: prompts and tokens, how many were computed and saved, and the nodes of the tree, parents first."""
+        nodes = () if self.sharing is None else self.sharing.nodes
+        order = [] if self.sharing is None else self.sharing.order.tolist()
+        return {
+            "prompts": self.rows,
+            "tokens": self.tokens,
+            "computed": self.computed,
+            "saved": self.saved,
+            "stored_once": self.once,
+            "why_not": self.why_not,
+            "nodes": [
+                {"columns": [node.start, node.stop], "prompts": sorted(order[node.first : node.first + node.rows])}
+                for node in nodes
+            ],
+        }
 
 
 def plan_sharing(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None) -> SharingPlan:

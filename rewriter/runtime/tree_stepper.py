@@ -56,8 +56,7 @@ class TreeStepper:
             return self.engine.run(self.state, ids, attention_mask)[:, -1]
         more = room - ids.shape[1]
         logits, state = run_shared(self.engine, ids, attention_mask, plan.sharing, more)
-        compiled = next((one.most for one in self.engine.layout.classes if one.name == "step"), 0)
-        if not plan.stored_once(self.engine.layout.token_bytes, compiled if "step" in self.engine.compiled else 0):
+        if not plan.once:
             state = separate(self.engine.layout, state, more)
         self.order, self.state = plan.sharing.order.tolist(), state
         return logits.index_select(0, plan.sharing.place.to(logits.device))
@@ -68,7 +67,9 @@ class TreeStepper:
             why = "the model reads the log-sum-exp of an attention"
         if why is not None:
             return SharingPlan(ids.shape[0], ids.numel(), ids.numel(), None, why)
-        return plan_sharing(ids, mask)
+        compiled = next((one.most for one in self.engine.layout.classes if one.name == "step"), 0)
+        compiled = compiled if "step" in self.engine.compiled else 0
+        return plan_sharing(ids, mask).decided(self.engine.layout.token_bytes, compiled)
 
     def _sorted(self, rows: Sequence[Row]) -> list[Row]:
         """What is given per row of the batch, in the order of the state."""
