@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from subquad.ir.report import Report
     from subquad.packaged_weights import demo_weights
     from subquad.pipeline import inspect, list_passes, rewrite
+    from subquad.prefix_cache import PrefixCache
     from subquad.verification import verify
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOME = {
     "demo_weights": "subquad.packaged_weights",
     "Contract": "subquad.ir.contract",
     "Plan": "subquad.ir.plan",
+    "PrefixCache": "subquad.prefix_cache",
     "Refusal": "subquad.ir.refusal",
     "Report": "subquad.ir.report",
     "SubquadError": "subquad.ir.errors",
@@ -43,6 +45,7 @@ _HOME = {
 __all__ = [
     "Contract",
     "Plan",
+    "PrefixCache",
     "Refusal",
     "Report",
     "SubquadError",

@@ -25,7 +25,7 @@ from subquad.runtime.schedule import Schedule
 from subquad.runtime.sharing_plan import SharingPlan
 from subquad.runtime.speculation import Ending, Pass, speculate
 from subquad.runtime.state import DecoderState, select
-from subquad.runtime.tree_stepper import TreeStepper
+from subquad.runtime.tree_stepper import PromptCache, TreeStepper
 
 Report = Callable[[int, int], None]
 SHARED = {"joined", "branch"}
@@ -38,6 +38,12 @@ class DecoderPrograms:
 
     layout: DecoderLayout
     schedules: dict[str, Schedule]
+
+
+def _and_then(passes: Iterator[Pass], done: Callable[[], None]) -> Iterator[Pass]:
+    """The passes; when the last one was taken, something is done."""
+    yield from passes
+    done()
 
 
 class Decoder:
@@ -53,6 +59,8 @@ class Decoder:
         names = ("step", "first", *sorted(SHARED & programs.schedules.keys()))
         eager = {name: executor(programs.schedules[name], weights) for name in names}
         self.engine = DecodeEngine(programs.layout, eager, device)
+        self.prefixes: PromptCache | None = None
+        """The cache of prefixes that calls read and fill; see subquad.PrefixCache."""
         self.failure: str | None = None
         self._worker: threading.Thread | None = None
         self._pacing: dict[tuple[int, int, type], MeasuredPacing] = {}
@@ -156,11 +164,12 @@ class Decoder:
         check_prompt(ids, attention_mask, ending.max_new_tokens)
         room = ids.shape[1] + ending.max_new_tokens
         plain = Greedy() if choice.greedy else SampleAndDescend()
-        return speculate(
-            TreeStepper(self.engine, room, share, on_sharing), ids, attention_mask, choice=choice, plain=plain,
-            ending=ending, drafter=drafter,
+        stepper = TreeStepper(self.engine, room, share, on_sharing, self.prefixes)
+        passes = speculate(
+            stepper, ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
             pacing=pacing if pacing is not None else self._measured(min(most, MOST), drafter),
         )  # fmt: skip
+        return _and_then(passes, stepper.keep)
 
     def drafter(self, speculation: LoopRewrite) -> Drafter:
         """The drafter of a way to speculate; it is kept, so that what it learns serves later calls."""

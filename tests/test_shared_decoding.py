@@ -119,7 +119,7 @@ def test_two_levels_are_stored_once(kind: str) -> None:
     assert plan.saved == 4 * 11 + (2 + 1) * 4
     assert plan.computed == 11 + 4 + 4 + 5 * 3
     sharing = find_sharing(*padded(rows), least=1)
-    _, state = run_shared(one.engine, *padded(rows), sharing, 4)
+    _, state, _ = run_shared(one.engine, *padded(rows), sharing, 4)
     bytes_of_rows = sum(t.numel() * t.element_size() for site in state.recurrence.sites for t in site)
     assert state.bytes() - bytes_of_rows == plan.computed * one.engine.layout.token_bytes
     if state.pools:
@@ -133,7 +133,7 @@ def test_trees_select_and_separate_behind_shared_rows(kind: str) -> None:
     root = [5 + (3 * n) % 29 for n in range(9)]
     rows = [root + [3 + n, 4, 7][: 1 + n % 3] for n in range(4)]
     sharing = find_sharing(*padded(rows), least=1)
-    _, state = run_shared(one.engine, *padded(rows), sharing, 40)
+    _, state, _ = run_shared(one.engine, *padded(rows), sharing, 40)
     rows = [rows[row] for row in sharing.order]
     for seed in range(3):
         check_tree(one, rows, [0] * 4, state, seed)
@@ -152,7 +152,7 @@ def test_trees_select_and_separate_behind_shared_rows(kind: str) -> None:
 def test_recurrent_states_go_back_as_far_as_the_prefix() -> None:
     one = made("recurrent")
     rows = [[5 + n % 30 for n in range(9)] + [20 + n] for n in range(3)]
-    _, state = run_shared(one.engine, *padded(rows), find_sharing(*padded(rows), least=1), 40)
+    _, state, _ = run_shared(one.engine, *padded(rows), find_sharing(*padded(rows), least=1), 40)
     for step in range(8):
         one.step(torch.tensor([[3 + step], [4], [5]]), state)
     one.rollback(state, 9)
@@ -164,7 +164,7 @@ def test_recurrent_states_go_back_as_far_as_the_prefix() -> None:
 def test_a_prefix_longer_than_the_window_leaves_no_trace_outside_it() -> None:
     one = made("sliding")
     rows = [[3 + (5 * n) % 37 for n in range(40)] + [4 + n] * 6 for n in range(3)]
-    _, state = run_shared(one.engine, *padded(rows), find_sharing(*padded(rows), least=1), 8)
+    _, state, _ = run_shared(one.engine, *padded(rows), find_sharing(*padded(rows), least=1), 8)
     for n, row in enumerate(sorted(rows)):
         got = one.step(torch.tensor([[9]]).expand(3, 1), one.select(state, [0, 1, 2]))[n, -1]
         assert (got - alone(one, [*row, 9])[-1]).abs().max() < EXACT

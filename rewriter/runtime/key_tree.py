@@ -83,6 +83,12 @@ class KeyTree:
             pool[:, node.slot : node.slot + node.length] = own[:, row, : node.length]
         self._recurrent[number] = tuple(tuple(t[row : row + 1] for t in site) for site in state.recurrence.sites)
 
+    def load(self, number: int, keys: Sequence[Tensor]) -> None:
+        """Take a node's keys from elsewhere: those of every KV site, then its values, [length, Hkv, K|V]."""
+        node = self.nodes[number]
+        for buffer, source in zip((*self.k, *self.v), keys, strict=True):
+            buffer[node.slot : node.slot + node.length] = source
+
     def _after(self, above: Sequence[int | None], empty: Recurrence) -> Recurrence:
         """The recurrent states behind the nodes."""
         sites = tuple(
@@ -111,3 +117,23 @@ def separate(layout: DecoderLayout, state: DecoderState, room: int) -> DecoderSt
             for row, (base, length) in enumerate(zip(state.base, state.lengths, strict=True)):
                 new[row, base:length] = own[row, : length - base]
     return plain
+
+
+def columns_of(state: DecoderState, row: int, start: int, stop: int) -> tuple[Tensor, ...]:
+    """Keys, then values, of every KV site of columns start .. stop - 1 of a row: [stop - start, Hkv, K|V], copied."""
+    base = state.base[row]
+    nodes = [] if state.shared is None else state.shared.nodes.tolist()
+    mine = [(slot, length, column) for slot, length, column, first, rows in nodes if first <= row < first + rows]
+    olds = (*state.k, *state.v) if state.shared is None else (*state.shared.k, *state.shared.v)
+    found = []
+    for own, old in zip((*state.k, *state.v), olds, strict=True):
+        out = own.new_empty(stop - start, *own.shape[2:])
+        for slot, length, column in mine:
+            first, last = max(start, column), min(stop, column + length)
+            if first < last:
+                out[first - start : last - start] = old[slot + first - column : slot + last - column]
+        if stop > base:
+            first = max(start, base)
+            out[first - start :] = own[row, first - base : stop - base]
+        found.append(out)
+    return tuple(found)

@@ -1,6 +1,8 @@
-"""Run the prompts of a batch: what rows have in common once, then their own parts behind it."""
+"""Run the prompts of a batch: what rows have in common once, what is known not at all, then their own parts behind it."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,34 +10,78 @@ from torch import Tensor
 from subquad.runtime.decode_engine import DecodeEngine
 from subquad.runtime.key_tree import KeyTree
 from subquad.runtime.prefix_tree import Sharing
-from subquad.runtime.sharing_plan import batched, parents
+from subquad.runtime.radix_tree import KnownPrefix
+from subquad.runtime.sharing_plan import batches
 from subquad.runtime.state import DecoderState
 
 
+class KnownPrefixes(Protocol):
+    """Keys and values of prefixes that earlier calls computed."""
+
+    def known(self, tokens: Tensor) -> KnownPrefix:
+        """The longest known prefix of a prompt int64 [T]; of its last token logits are wanted, so that it is never part."""
+
+
 def run_shared(
-    engine: DecodeEngine, ids: Tensor, mask: Tensor | None, sharing: Sharing, room: int
-) -> tuple[Tensor, DecoderState]:
-    """Logits [B, V] behind the last tokens of ids [B, T], and the state behind them, both in the order of `sharing`.
+    engine: DecodeEngine,
+    ids: Tensor,
+    mask: Tensor | None,
+    sharing: Sharing,
+    room: int,
+    cache: KnownPrefixes | None = None,
+) -> tuple[Tensor, DecoderState, int]:
+    """Logits [B, V] behind the last tokens of ids [B, T], the state behind them, both in the order of `sharing`, and how many
+    tokens were run.
 
     mask [B, T]: zero for padding, which is left out.  room: new tokens of a row that there shall be room for.
     """
-    order, begin = sharing.order.tolist(), sharing.begin.tolist()
-    length = ids.new_full((ids.shape[0],), ids.shape[1]) if mask is None else (mask != 0).sum(1)
-    rows = [ids[row, begin[row] : begin[row] + int(length[row])] for row in order]
-    tree = KeyTree(engine.layout, sum(node.stop - node.start for node in sharing.nodes), engine.device)
-    for node, parent in zip(sharing.nodes, parents(sharing), strict=True):
-        tree.add(rows[node.first][node.start : node.stop], parent)
-    for numbers in batched(sharing):
-        runs = [tree.nodes[n].tokens for n in numbers]
-        above = [tree.nodes[n].path[-2] if len(tree.nodes[n].path) > 1 else None for n in numbers]
-        _, state = _run(engine, tree, above, runs, 0)
+    rows = rows_in_order(ids, mask, sharing)
+    known = [KnownPrefix(()) if cache is None else cache.known(row) for row in rows]
+    ends = sharing.shared.tolist()
+    more = sum(max(0, one.count - end) for one, end in zip(known, ends, strict=True))
+    tree = KeyTree(engine.layout, sum(node.stop - node.start for node in sharing.nodes) + more, engine.device)
+    above: list[int | None] = [None] * len(rows)
+    waiting: list[tuple[int, int]] = []
+    depth: dict[int | None, int] = {None: 0}
+    for node in sharing.nodes:
+        first, cut = node.first, min(max(known[node.first].count, node.start), node.stop)
+        parent = above[first]
+        for start, stop in ((node.start, cut), (cut, node.stop)):
+            if start == stop:
+                continue
+            number = tree.add(rows[first][start:stop], parent)
+            depth[number] = depth[parent] + (stop > cut)
+            if stop > cut:
+                waiting.append((number, depth[number]))
+            else:
+                tree.load(number, known[first].read(start, stop))
+            parent = number
+        above[first : first + node.rows] = [parent] * node.rows
+    for row, one in enumerate(known):
+        if one.count > ends[row]:
+            number = above[row] = tree.add(rows[row][ends[row] : one.count], above[row])
+            tree.load(number, one.read(ends[row], one.count))
+            ends[row] = one.count
+    ran = sum(len(row) - end for row, end in zip(rows, ends, strict=True)) + sum(
+        tree.nodes[n].length for n, _ in waiting
+    )
+    for group in batches([(d, tree.nodes[n].length) for n, d in waiting]):
+        numbers = [waiting[place][0] for place in group]
+        paths = [tree.nodes[n].path for n in numbers]
+        _, state = _run(
+            engine, tree, [p[-2] if len(p) > 1 else None for p in paths], [tree.nodes[n].tokens for n in numbers], 0
+        )
         for row, n in enumerate(numbers):
             tree.fill(n, state, row)
-    deepest: list[int | None] = [None] * len(rows)
-    for n, node in enumerate(sharing.nodes):
-        deepest[node.first : node.first + node.rows] = [n] * node.rows
-    own = [row[int(shared) :] for row, shared in zip(rows, sharing.shared, strict=True)]
-    return _run(engine, tree, deepest, own, room)
+    logits, state = _run(engine, tree, above, [row[end:] for row, end in zip(rows, ends, strict=True)], room)
+    return logits, state, ran
+
+
+def rows_in_order(ids: Tensor, mask: Tensor | None, sharing: Sharing) -> list[Tensor]:
+    """The rows of ids [B, T] without their padding, in the order of `sharing`."""
+    begin = sharing.begin.tolist()
+    length = [ids.shape[1]] * ids.shape[0] if mask is None else (mask != 0).sum(1).tolist()
+    return [ids[row, begin[row] : begin[row] + length[row]] for row in sharing.order.tolist()]
 
 
 def _run(

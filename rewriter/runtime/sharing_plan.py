@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ class SharingPlan:
 
     rows, tokens: of the batch, padding left out.  computed: tokens that are computed.  sharing: the tree, None where nothing
     is shared; why_not then says why.  once: whether keys stay stored once while decoding; otherwise each row gets its copy.
+    cached: tokens that a prefix cache knew.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class SharingPlan:
     sharing: Sharing | None
     why_not: str | None = None
     once: bool = False
+    cached: int = 0
 
     @property
     def saved(self) -> int:
@@ -47,8 +50,9 @@ class SharingPlan:
 
         token_bytes: bytes of keys and values of a token.  compiled_rows: most rows that a compiled step takes, 0 without one.
         """
-        pays = self.rows > compiled_rows or self.saved * token_bytes >= WORTH
-        return replace(self, once=self.sharing is not None and pays)
+        if self.sharing is None or not self.sharing.nodes:
+            return self
+        return replace(self, once=self.rows > compiled_rows or self.sharing.saved * token_bytes >= WORTH)
 
     def json(self) -> dict[str, Any]:
         """The public words: prompts and tokens, how many were computed and saved, and the nodes of the tree, parents first."""
@@ -59,6 +63,7 @@ class SharingPlan:
             "tokens": self.tokens,
             "computed": self.computed,
             "saved": self.saved,
+            "cached": self.cached,
             "stored_once": self.once,
             "why_not": self.why_not,
             "nodes": [
@@ -99,33 +104,29 @@ def plan_sharing(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = 
 
 def prompt_cost(rows: SortedRows, sharing: Sharing) -> int:
     """Tokens that are computed for a tree and the rows' own parts, padding and the reading of weights included."""
-    batches = [[sharing.nodes[n].stop - sharing.nodes[n].start for n in group] for group in batched(sharing)]
-    nodes = sum(max(lengths) * len(lengths) for lengths in batches)
+    depth: dict[int | None, int] = {None: -1}
+    nodes = []
+    for n, (node, parent) in enumerate(zip(sharing.nodes, parents(sharing), strict=True)):
+        depth[n] = depth[parent] + 1
+        nodes.append((depth[n], node.stop - node.start))
+    groups = batches(nodes)
+    padded = sum(nodes[group[0]][1] * len(group) for group in groups)
     own = max(length - shared for length, shared in zip(rows.length, sharing.shared.tolist(), strict=True))
-    return nodes + own * len(rows.length) + PASS * len(batches)
+    return padded + own * len(rows.length) + PASS * len(groups)
 
 
-def batched(sharing: Sharing) -> list[list[int]]:
-    """Numbers of nodes that run together: those of one level whose lengths are alike, so that little is padding."""
+def batches(nodes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Numbers of nodes (depth, length) that run together: those of one depth whose lengths are alike, so that little is
+    padding; the longest first, depth after depth.
+    """
     groups: list[list[int]] = []
-    for numbers in _levels(sharing):
-        lengths = {n: sharing.nodes[n].stop - sharing.nodes[n].start for n in numbers}
-        for n in sorted(numbers, key=lambda n: -lengths[n]):
-            longest = lengths[groups[-1][0]] if groups and groups[-1][0] in lengths else None
-            if longest is not None and len(groups[-1]) * (longest - lengths[n]) <= PASS:
-                groups[-1].append(n)
-            else:
-                groups.append([n])
+    for n in sorted(range(len(nodes)), key=lambda n: (nodes[n][0], -nodes[n][1])):
+        (depth, length), first = nodes[n], groups[-1][0] if groups else None
+        if first is not None and nodes[first][0] == depth and len(groups[-1]) * (nodes[first][1] - length) <= PASS:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
     return groups
-
-
-def _levels(sharing: Sharing) -> list[list[int]]:
-    levels: dict[int, list[int]] = {}
-    deep: list[int] = []
-    for n, parent in enumerate(parents(sharing)):
-        deep.append(0 if parent is None else deep[parent] + 1)
-        levels.setdefault(deep[n], []).append(n)
-    return [levels[d] for d in sorted(levels)]
 
 
 def parents(sharing: Sharing) -> list[int | None]:

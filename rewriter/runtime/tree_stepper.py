@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from subquad.ir.draft import DraftTree
 from subquad.runtime.decode_engine import DecodeEngine
-from subquad.runtime.key_tree import separate
-from subquad.runtime.shared_prompt import run_shared
+from subquad.runtime.key_tree import columns_of, separate
+from subquad.runtime.prefix_tree import Sharing, sorted_rows
+from subquad.runtime.radix_tree import Keys
+from subquad.runtime.shared_prompt import KnownPrefixes, run_shared
 from subquad.runtime.sharing_plan import SharingPlan, plan_sharing
 from subquad.runtime.state import DecoderState
 
 Row = TypeVar("Row")
+
+
+class PromptCache(KnownPrefixes, Protocol):
+    """Known prefixes that also takes new ones."""
+
+    def keep(self, tokens: Tensor, take: Callable[[int, int], Keys]) -> None:
+        """Hold tokens int64 [T]; take: (first column, behind the last) → their keys."""
 
 
 class TreeStepper:
@@ -27,12 +38,13 @@ class TreeStepper:
 
     def __init__(
         self, engine: DecodeEngine, capacity: int, share: bool = True,
-        on_sharing: Callable[[SharingPlan], None] = lambda plan: None,
+        on_sharing: Callable[[SharingPlan], None] = lambda plan: None, cache: PromptCache | None = None,
     ) -> None:  # fmt: skip
         """capacity: columns to make room for from the start.  share: compute and store once what rows have in common, where
-        that pays.  on_sharing: told what was found.
+        that pays.  on_sharing: told what was found.  cache: what earlier calls computed.
         """
         self.engine, self.capacity, self.share, self.on_sharing = engine, capacity, share, on_sharing
+        self.cache = cache
         self.state: DecoderState | None = None
         self.order: list[int] | None = None
 
@@ -49,27 +61,41 @@ class TreeStepper:
     def prefill(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits [B, V] behind the last token of ids [B, T], padded on the left."""
         room = max(self.capacity, ids.shape[1])
-        plan = self._plan(ids, attention_mask)
-        self.on_sharing(plan)
-        if plan.sharing is None:
+        plan, sharing = self._plan(ids, attention_mask)
+        if sharing is None:
+            self.on_sharing(plan)
             self.order, self.state = None, self.engine.start(ids.shape[0], room)
             return self.engine.run(self.state, ids, attention_mask)[:, -1]
         more = room - ids.shape[1]
-        logits, state = run_shared(self.engine, ids, attention_mask, plan.sharing, more)
+        logits, state, ran = run_shared(self.engine, ids, attention_mask, sharing, more, self.cache)
+        self.on_sharing(replace(plan, cached=plan.computed - ran, computed=ran))
+        self.order, self.state = sharing.order.tolist(), state
+        self.keep()
         if not plan.once:
-            state = separate(self.engine.layout, state, more)
-        self.order, self.state = plan.sharing.order.tolist(), state
-        return logits.index_select(0, plan.sharing.place.to(logits.device))
+            self.state = separate(self.engine.layout, state, more)
+        return logits.index_select(0, sharing.place.to(logits.device))
 
-    def _plan(self, ids: Tensor, mask: Tensor | None) -> SharingPlan:
-        why = None if self.share else "sharing was turned off"
+    def keep(self) -> None:
+        """Hand what the rows hold to the cache, if there is one."""
+        if self.cache is None or self.state is None or self.order is None:
+            return
+        ids = next(iter(self.state.tokens.values()))
+        for row, length in enumerate(self.state.lengths):
+            self.cache.keep(ids[row, :length], functools.partial(columns_of, self.state, row))
+
+    def _plan(self, ids: Tensor, mask: Tensor | None) -> tuple[SharingPlan, Sharing | None]:
+        """What rows share, and the tree by which the prompts are run; without one they are run as they stand."""
+        rows, tokens = ids.shape[0], ids.numel()
         if not self.engine.shares:
-            why = "the model reads the log-sum-exp of an attention"
-        if why is not None:
-            return SharingPlan(ids.shape[0], ids.numel(), ids.numel(), None, why)
+            return SharingPlan(rows, tokens, tokens, None, "the model reads the log-sum-exp of an attention"), None
         compiled = next((one.most for one in self.engine.layout.classes if one.name == "step"), 0)
         compiled = compiled if "step" in self.engine.compiled else 0
-        return plan_sharing(ids, mask).decided(self.engine.layout.token_bytes, compiled)
+        plan = SharingPlan(rows, tokens, tokens, None, "sharing was turned off")
+        if self.share:
+            plan = plan_sharing(ids, mask).decided(self.engine.layout.token_bytes, compiled)
+        if plan.sharing is None and self.cache is not None:
+            return plan, _apart(ids.cpu(), None if mask is None else mask.cpu())
+        return plan, plan.sharing
 
     def _sorted(self, rows: Sequence[Row]) -> list[Row]:
         """What is given per row of the batch, in the order of the state."""
@@ -101,3 +127,11 @@ class TreeStepper:
         """Take back the last tokens of each row."""
         assert self.state is not None
         self.engine.rollback(self.state, self._sorted(counts))
+
+
+def _apart(ids: Tensor, mask: Tensor | None) -> Sharing | None:
+    """Rows that share nothing, None where the mask hides columns inside a row."""
+    try:
+        return sorted_rows(ids, mask).tree(0, 0)
+    except ValueError:
+        return None
