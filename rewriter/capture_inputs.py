@@ -61,20 +61,28 @@ def symbolic_axes(given: Any, most: int = 2) -> Any:
     most: 2 for batch and sequence, 1 for the batch alone, 0 for none.
     """
     leaves, structure = pytree.tree_flatten_with_path(given)
-    axes = [_axes(pytree.keystr(path), value) if isinstance(value, torch.Tensor) else None for path, value in leaves]
+    tensors = [value for _, value in leaves if isinstance(value, torch.Tensor)]
+    lengths = {value.shape[1] for value in tensors if value.dim() in (2, 3)}
+    axes = [
+        _axes(pytree.keystr(path), value, lengths) if isinstance(value, torch.Tensor) else None
+        for path, value in leaves
+    ]
     kept = [None if a is None else dict.fromkeys((x for x in a if most == 2 or x < most), Dim.AUTO) for a in axes]
     return pytree.tree_unflatten(kept, structure)
 
 
-def _axes(name: str, value: torch.Tensor) -> list[int]:
+def _axes(name: str, value: torch.Tensor, lengths: set[int]) -> list[int]:
     """Batch and sequence, never heads, channels or features; axes of size one stay fixed.
 
-    [B], [B, T] and [B, T, D] → the first two; [B, H, T, …] and more → the first and the third, and the fourth of a mask
+    lengths: of the call's sequences [B, T] and [B, T, D].  [B], [B, T] and [B, T, D] → the first two, and all three of what
+    is over pairs, [B, T, T] and [B, T, T, D]; [B, H, T, …] and more → the first and the third, and the fourth of a mask
     [B, H, Tq, Tk] (boolean, as wide as it is high, or one row for all queries and heads); of images [B, C, H, W] or
     [B, H, W, C] → the first.
     """
     axes = {0, 1} if value.dim() < 4 else {0, 2}
-    if _is_image(name, value):
+    if value.dim() in (3, 4) and value.shape[1] == value.shape[2] and (value.dim() == 3 or value.shape[1] in lengths):
+        axes = {0, 1, 2}
+    elif _is_image(name, value):
         axes = {0}
     elif value.dim() == 4 and (
         value.dtype == torch.bool or value.shape[2] == value.shape[3] or value.shape[1] == value.shape[2] == 1

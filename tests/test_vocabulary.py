@@ -24,6 +24,25 @@ ONE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+NUMPY: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: torch.sum(x, axis=1, keepdims=True),
+    "cat": lambda x: torch.cat([x, x], axis=1),
+    "softmax": lambda x: x.softmax(axis=1),
+    "cumsum": lambda x: torch.cumsum(x, axis=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_an_axis_by_its_name_in_numpy_is_the_axis(name: str) -> None:
+    class Whole(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return NUMPY[name](x)
+
+    node = next(n for n in torch.fx.symbolic_trace(Whole()).graph.nodes if kind(n))
+    found = arguments(node)
+    assert (found["dim"], found.get("keepdim", True)) == (1, True)
+
+
 def kinds(function: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
     """The kinds of max and min in a traced function and in its core-ATen program; their arguments are read too."""
 

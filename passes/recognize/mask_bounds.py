@@ -21,7 +21,7 @@ GIVEN = {torch.int64: 1 << 31, torch.int32: (1 << 30) - 1}
 COPIES = frozenset([
     "unsqueeze", "squeeze", "view", "flatten", "unflatten", "transpose", "t", "reversed", "permute", "movedim", "slice",
     "select", "narrow", "getitem", "flip", "roll", "contiguous", "repeat", "repeat_interleave", "expand", "expand_as",
-    "cast", "neg", "abs", "relu", "amax", "tril", "triu", "gather", "index", "index_select",
+    "cast", "neg", "abs", "relu", "amax", "extreme", "tril", "triu", "gather", "index", "index_select",
 ])  # fmt: skip
 """Every element is zero or, up to its sign, an element of `x`."""
 CHOICES = frozenset(["where", "masked_fill", "cat", "stack", "hstack", "vstack", "maximum", "minimum", "slice_scatter",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from subquad.passes.recognize.mask_arithmetic import kept
+from subquad.passes.recognize.mask_arithmetic import kept, stored
 from subquad.passes.recognize.mask_choice import NoFormula, choose, is_boolean, spread
 from subquad.passes.recognize.mask_relation import conjoin, relate
 from subquad.passes.recognize.mask_rules import Operation, rule
@@ -17,6 +17,12 @@ def _arange(op: Operation) -> sympy.Basic:
     start, step = op.size("start"), op.size("step")
     if not (start.is_integer and step.is_integer):
         raise NoFormula
+    length = op.shape[0]
+    if isinstance(length, int) and start.is_Integer and step.is_Integer:
+        for end in (start, start + step * (length - 1)):
+            stored(end, op.dtype)
+        if not op.dtype.is_floating_point:
+            return start + step * axis(0)
     return kept(start + step * axis(0), op.dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
+from subquad.ir.mask import FloorDiv
 from subquad.passes.recognize.mask_arithmetic import is_index, is_integer, kept
 from subquad.passes.recognize.mask_choice import NoFormula, is_boolean, spread
 from subquad.passes.recognize.mask_relation import conjoin, disjoin
@@ -80,6 +81,18 @@ def _outer_product(op: Operation) -> sympy.Basic | None:
 def _outer(op: Operation) -> sympy.Basic | None:
     a, b = op.read("a"), op.read("b")
     return _product(op, a.at((axis(0),)), b.at((axis(1),)))
+
+
+@rule("kron")
+def _kronecker(op: Operation) -> sympy.Basic | None:
+    """a[i // n]·b[i % n] along every axis, n the size of b's."""
+    a, b = op.read("a"), op.read("b")
+    if not a.rank == b.rank == op.rank or not all(isinstance(size, int) for size in b.shape):
+        return None
+    sizes = [sympy.Integer(size) for size in b.shape]
+    whole = (sympy.S.Zero if is_one(n) else FloorDiv(axis(p), sizes[p]) for p, n in enumerate(a.shape))
+    part = (sympy.Mod(axis(p), size) for p, size in enumerate(sizes))
+    return _product(op, a.at(tuple(whole)), b.at(tuple(part)))
 
 
 @rule("einsum")

@@ -192,8 +192,8 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
         a = arguments(bottom) if kind(bottom) else {}
         if kind(bottom) in SAME or kind(bottom) == "expand":
             bottom = a["x"]
-        elif kind(bottom) == "unsqueeze" and place is None:
-            place, bottom = a["dim"] % (rank_of(bottom) or 1), a["x"]
+        elif place is None and (put_back := _put_back(bottom)) is not None:
+            place, bottom = put_back, a["x"]
         elif kind(bottom) == "add" and further is None:
             first = isinstance(a["a"], Node) and kind(_behind(a["a"], SAME | {"unsqueeze"})) == "sum"
             bottom, further = (a["a"], a["b"]) if first else (a["b"], a["a"])
@@ -202,14 +202,44 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
             return _Sum(place, further, tuple(passed)) if summed == place and a["operands"][0] is exponential else None
         elif kind(bottom) == "sum":
             dim = _one(a["dim"])
-            if dim is None or _behind(a["x"], SAME) is not exponential:
+            summed, moved = _unmoved(a["x"])
+            if dim is None or summed is not exponential:
                 return None
             dim %= rank_of(a["x"]) or 1
+            passed += moved
             kept = place is None if a["keepdim"] else place == dim
             return _Sum(dim, further, tuple(passed)) if kept else None
         else:
             return None
     return None
+
+
+def _put_back(node: Node) -> int | None:
+    """The axis of size one that an unsqueeze, or an index of one None beside whole axes, makes; None for anything else."""
+    rank = rank_of(node) or 1
+    if kind(node) == "unsqueeze":
+        return int(arguments(node)["dim"]) % rank
+    if kind(node) != "getitem":
+        return None
+    index = arguments(node)["index"]
+    items = list(index) if isinstance(index, list | tuple) else [index]
+    if items.count(None) != 1 or any(x not in (None, Ellipsis, slice(None)) for x in items):
+        return None
+    place = items.index(None)
+    return place if Ellipsis not in items[:place] else rank - (len(items) - place)
+
+
+def _unmoved(value: Any) -> tuple[Any, list[Node]]:
+    """The tensor behind casts, copies and permutations that move nothing, and these permutations."""
+    moved: list[Node] = []
+    while kind(value) in SAME or (kind(value) == "permute" and _stays(arguments(value)["dims"])):
+        moved += [value] if kind(value) == "permute" else []
+        value = arguments(value)["x"]
+    return value, moved
+
+
+def _stays(dims: Any) -> bool:
+    return [d % len(dims) for d in dims] == list(range(len(dims)))
 
 
 def _summed_letter(a: dict[str, Any]) -> int | None:

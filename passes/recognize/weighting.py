@@ -63,7 +63,7 @@ def read_weighting(found: Normalised, chain: Chain, scores: Scores, reader: Scor
         if product is not None:
             if not whole:
                 raise NotAttention("the probability of an appended logit weights a value", user, "sink")
-            weighting = _output(user, product, place, chain, passed, empty)
+            weighting = _output(user, product, place, chain, passed, empty, found.divided)
             return weighting if found.divided is None else _divided(weighting, found.divided)
         name = kind(user)
         if name == "dropout":
@@ -136,8 +136,10 @@ def _kept_keys(user: Node, here: Node, place: Indices, chain: Chain, scores: Sco
 
 
 def _output(
-    node: Node, product: Product, place: Indices, chain: Chain, passed: list[Node], empty: EmptyRows | None
-) -> Weighting:
+    node: Node, product: Product, place: Indices, chain: Chain, passed: list[Node], empty: EmptyRows | None,
+    divided: Node | None,
+) -> Weighting:  # fmt: skip
+    """The weighting by a product, behind views up to clean axes, and up to the division that follows."""
     frame = chain.frame
     of_left = dict(zip(product.left_labels, place, strict=True))
     keys = digit(frame.key)
@@ -151,7 +153,7 @@ def _output(
     dim = next((size for size, index in zip(shape_of(node) or (), out, strict=True) if index == DIM), 1)
     read = frame.axes(shape_of(node) or (), out, frame.query, dim)
     interior: list[Node] = []
-    while read is None:
+    while read is None or (divided is not None and users_of(last) != [divided]):
         users = users_of(last)
         moved = viewed(users[0], last, out) if len(users) == 1 and kind(users[0]) in VIEWS else None
         if moved is None:

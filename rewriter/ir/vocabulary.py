@@ -180,6 +180,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("isin", "x among invert=False", "isin", (torch.isin,), "", elements="x", test_elements="among"),
     _kind("one_hot", "x num_classes=-1", "one_hot", (F.one_hot,), "", self="x", tensor="x"),
     _kind("outer", "a b", "outer ger", (torch.outer,), "outer", self="a", input="a", vec2="b"),
+    _kind("kron", "a b", "kron", (torch.kron,), "kron", self="a", input="a", other="b"),
     _kind("flip", "x dims", "flip", (torch.flip,), "flip", self="x", input="x", variadic=True),
     _kind("roll", "x shifts dims=()", "roll", (torch.roll,), "roll", self="x", input="x"),
     _kind("meshgrid", "tensors", "meshgrid", (torch.meshgrid,), variadic=True),
@@ -222,6 +223,9 @@ KINDS: tuple[Kind, ...] = (
     _kind("assertion", "x", "_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range "
           "sym_constrain_range_for_size", ()),
 )  # fmt: skip
+
+NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+"""Argument names that torch's own functions and methods take in the place of theirs."""
 
 _BY_PACKET: dict[str, Kind] = {}
 _BY_FUNCTION: dict[Any, Kind] = {}
@@ -338,6 +342,8 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
     else:
         named.update(zip(names, positional, strict=False))
     for key, value in keywords.items():
+        known = key in names or key in found.aliases
+        key = key if known else NUMPY.get(key, key)
         named[found.aliases.get(key, key)] = value
     for name, default in found.arguments:
         if name not in named:

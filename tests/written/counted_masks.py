@@ -272,7 +272,7 @@ CASES = (
     one(first_of_document),
     one(blocks_by_division, mask="chunk(4)"),
     one(blocks_by_repeat, mask="((q // 4) >= (kv // 4))"),
-    one(blocks_by_kron, mask="opaque"),
+    one(blocks_by_kron, mask="chunk(4)"),
     one(prefix_by_write, mask="prefix(3)"),
     one(prefix_by_length, with_lengths, mask="prefix(more_0)"),
     one(suffix_given, with_types, mask="causal | keys(more_0[b, kv] == 0)"),

@@ -332,7 +332,7 @@ CASES = (
     one("exponentials normalised", l1_normalised, ("",)),
     Case("differential by results", lambda: Heads(differential), hidden(), ({"heads": 4, "head_dim": 4, "value_dim": 8, "mask": "causal"},) * 2),
     one("differential by pairs of heads", differential_pairs, ("",)),
-    one("gated by the query", gated, mask="full", origin="sdpa"),
+    one("gated by the query", gated, mask="full"),
     one("mixed with the uniform", leaky, ("",)),
     one("clipped", stretched, ("",)),
     one("forget gates", forgetting, mask="causal", biases=1),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -70,7 +72,7 @@ def assert_found(case: Case, report: Report) -> None:
 
 def _unnamed(family: str) -> str:
     """A mask's family as all dialects name it: Dynamo's inputs are `l_name_`, computed tables bear a node's name."""
-    family = re.sub(r"\bl_(\w+?)_(?=\W)", r"\1", family)
+    family = re.sub(r"\bl_(\w+?)_(?=\W|$)", r"\1", family)
     return re.sub(r"\w+ of ", "", family)
 
 
@@ -84,9 +86,12 @@ def _rewritten(model: nn.Module | ExportedProgram, case: Case, verify: bool) -> 
 
 def _decomposed(case: Case, model: nn.Module) -> ExportedProgram:
     inputs = case.call()
-    with torch.no_grad():
-        shapes = tuple(_symbolic(*values) for values in zip(inputs, case.call(1), strict=True))
-        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False).run_decompositions()
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    with torch.no_grad(), ExitStack() as left:
+        left.callback(torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth, depth)  # what a failed vmap leaves
+        shapes = [_symbolic(*values) for values in zip(inputs, case.call(1), strict=True)]
+        named = inspect.signature(model.forward).bind(*shapes).arguments
+        return torch.export.export(model, inputs, dynamic_shapes=dict(named), strict=False).run_decompositions()
 
 
 def _symbolic(one: Any, other: Any) -> Any:
