@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("narrow_linear.cpp")
-"""The C++ form; it includes torch's ahead-of-time C interface only."""
 C_DECLARATION = (
     "AOTITorchError aoti_torch_cpu_narrow_linear("
     "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* result)"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subquad.kernels.prefix_native import prefix_attention_native
 from subquad.kernels.segments import Segment
 from subquad.kernels.softmax_cpu import segment_state
 from subquad.kernels.softmax_partial import partial
@@ -36,8 +37,10 @@ def prefix_attention_forward(
     """
     what = SoftmaxSpec.parse(spec)
     predicate = Predicate(what.mask, q.shape[0], q.shape[2], q.shape[1], q_positions, operands, scalars)
-    whole = o.to(lse.dtype, copy=True)
-    known = lse.clone()
+    whole = o.to(lse.dtype, copy=True, memory_format=torch.contiguous_format)
+    known = lse.clone(memory_format=torch.contiguous_format)
+    if prefix_attention_native(q, k, v, nodes, whole, known, what):
+        return whole.to(q.dtype)
     for slot, length, column, first, rows in nodes.tolist():
         stored, below = slice(slot, slot + length), slice(first, first + rows)
         key, value = k[None, stored], v[None, stored]

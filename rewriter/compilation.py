@@ -131,7 +131,7 @@ def compile_orders(
 
 
 def _library_path() -> Path:
-    """Where the private cache keeps the C++ form of narrow_linear."""
+    """Where the private cache keeps the C++ forms of operators."""
     key = hashlib.sha256(json.dumps([FORMAT, machine_key()]).encode()).hexdigest()[:32]
     return package_path(key, ".so")
 

@@ -1,4 +1,4 @@
-"""Builds the C++ form of subquad::narrow_linear with the compiler that Inductor uses, and makes it known to the process."""
+"""Builds the C++ forms of operators with the compiler that Inductor uses, and makes them known to the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from subquad.kernels.narrow_linear import SOURCE
+from subquad.kernels.native_code import SOURCES, provide_library
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 
@@ -23,7 +23,7 @@ def build(target: Path) -> bool:
     try:
         done = subprocess.run(
             [
-                get_cpp_compiler(), *FLAGS, f"-I{home / 'include'}", str(SOURCE), "-o", str(fresh),
+                get_cpp_compiler(), *FLAGS, f"-I{home / 'include'}", *map(str, SOURCES), "-o", str(fresh),
                 f"-L{home / 'lib'}", "-ltorch_cpu",
             ],
             capture_output=True,
@@ -38,5 +38,5 @@ def build(target: Path) -> bool:
 
 
 def load(path: Path) -> None:
-    """Make the library's symbols visible to the compiled programs that call it."""
-    ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL | os.RTLD_NOW)
+    """Make the library's symbols visible to the compiled programs that call it, and to operators run one by one."""
+    provide_library(ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL | os.RTLD_NOW))
