@@ -71,8 +71,10 @@ def _let_copy(start: Node) -> None:
                 continue
             if user.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 user.target = torch.ops.aten.reshape.default
-            elif user.op == "call_method" and user.target == "view":
-                user.target = "reshape"
+            elif user.target is torch.ops.aten.view_as.default:
+                user.target = torch.ops.aten.reshape_as.default
+            elif user.op == "call_method" and user.target in ("view", "view_as"):
+                user.target = user.target.replace("view", "reshape")
             stack.append(user)
 
 

@@ -17,7 +17,7 @@ from subquad.passes.recognize.score_path import VIEWS, is_score_product
 Node = torch.fx.Node
 NEAREST_FIRST = (
     "defect", "mask", "soft-fill", "clamp", "step", "scale", "gain", "depends-on-scores", "mixed-heads", "guard", "sink",
-    "denominator", "", "probabilities-used", "dropout", "values", "heads", "sizes", "layout", "softmax-axis",
+    "two-products",    "denominator", "", "probabilities-used", "dropout", "values", "heads", "sizes", "layout", "softmax-axis",
     "flex", "no-values", "no-pairs", "no-product", "projection", "constant",
 )  # fmt: skip
 PLAIN = VIEWS | {"cast", "dropout", "slice", "select", "narrow", "getitem", "mul", "div", "add", "sub", "neg", "where",

@@ -21,6 +21,7 @@ _STEPS = VIEWS | {
     "clamp", "index_put",
 }  # fmt: skip
 PICKED = frozenset(["slice", "select", "getitem", "topk", "cast", "unbind", "masked_fill"])
+WRITES = frozenset(["slice_scatter", "select_scatter", "index_put", "copy", "setitem"])
 FURTHEST = 24
 PROJECTION = (
     "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
@@ -121,7 +122,9 @@ def _why_no_product(node: Node) -> str:
     while (kind(source) in VIEWS | PICKED or _is_scatter(source)) and isinstance(source.args[0], Node):
         source = source.args[0]
     frontier, seen = [node], {node}
+    written: Node | None = None
     for here in frontier:
+        written = here if written is None and kind(here) in WRITES else written
         if here is not node and is_score_product(here):
             return f"`{name}` between the product of queries and keys and the softmax is not understood"
         if len(seen) < FURTHEST and (not _projects(here) or (here is source and _convolves(here))):
@@ -130,6 +133,8 @@ def _why_no_product(node: Node) -> str:
             frontier.extend(new)
     if _projects(source):
         return PROJECTION
+    if written is not None:
+        return f"the scores are put together by writing parts into a buffer (`{kind(written)}`), not by one product"
     return f"no product of queries and keys feeds the softmax: the walk up ended at `{name}`"
 
 

@@ -38,7 +38,11 @@ def joined(reader: ScoreFrame, scores: Scores, node: Node, before: Node, a: dict
     other = parts[1] if parts[0] is before else parts[0]
     shape = list(shape_of(other) or ())
     if not is_one(shape[along]):
-        raise NotAttention("the scores are concatenated with more than one further logit a row", node, "sink")
+        raise NotAttention(
+            "the scores are concatenated with those of further keys: keys of two products under one softmax",
+            node,
+            "two-products",
+        )
     first = sympy.S.Zero if parts[0] is before else size_of(shape[along])
     number = reader.number(other)
     sinks: ScoreTensor | float = _column(reader, other, before) if number is None else number

@@ -17,6 +17,7 @@ ADVICE = {
     "clamp": "Leave out the clamp, or clamp at torch.finfo(dtype).min; for a bound on scores use a softcap, c·tanh(s/c).",
     "denominator": "Divide the exponentials by their sum, or by one plus their sum for softmax-plus-one.",
     "sink": "Append one logit for each head, constant over batch and queries, after scale and masks.",
+    "two-products": "Concatenate the keys before one product, and the values before the product with the probabilities.",
     "guard": "After the softmax set probabilities only of rows without any key, to zero, or leave such rows as they are.",
     "probabilities-used": "Use the attention probabilities once, to weight values; do not return them (output_attentions=False).",
     "mixed-heads": "Keep heads apart until the values are weighted: mixed scores (talking heads) need all heads at once.",

@@ -7,6 +7,7 @@ MAPPED = "torch.export makes a constant of what a vmap inside a vmap maps, and t
 STACKED = "groups repeated by torch.stack are not peeled off once decomposed: as many key heads as query heads"
 STATIC = "with every size fixed, heads and blocks behind a pad are told apart by nothing: blocks are taken as heads, as exact"
 LOGARITHM = "torch.export itself fixes the length where a logarithm of it is a number, outside our capture"
+FEATURES = "with every size fixed, an attention of features to features is one of tokens like any other, and rewritten as exactly"
 
 GAPS: dict[tuple[str, str], str] = {
     ("mha, other widths", "core"): WIDTHS,
@@ -14,6 +15,7 @@ GAPS: dict[tuple[str, str], str] = {
     ("decoder without the hint", "core"): WIDTHS,
     **{("mapped over samples and heads", d): MAPPED for d in ("export", "verified", "core")},
     ("scaled by the length", "core"): LOGARITHM,
+    ("features attend to features", "dynamo"): FEATURES,
     ("padded and folded", "dynamo"): STATIC,
     ("paired rotary, stacked groups", "core"): STACKED,
 }

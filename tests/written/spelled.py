@@ -248,6 +248,29 @@ def by_inner(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(dim=-1), v).view(b, h, t, d)
 
 
+def viewed_like_its_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads merged with the batch for the product, and the scores viewed as the mask is."""
+    mask = torch.ones(*q.shape[:3], q.shape[2]).tril()
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view_as(mask) * SCALE
+    return (scores.masked_fill(mask == 0, -torch.inf).softmax(-1) @ v).view_as(v)
+
+
+def two_memories(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One softmax over the keys of two products, whose probabilities weight values apart."""
+    t = k.shape[-2]
+    p = torch.cat([raw(q, k), raw(q, k * 0.5)], -1).softmax(-1)
+    return p[..., :t] @ v + p[..., t:] @ (v * 2)
+
+
+def chunk_by_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores written into a buffer, the first two rows and the others."""
+    t = q.shape[-2]
+    scores = q.new_zeros(*q.shape[:2], t, t)
+    scores[:, :, :2] = raw(q[:, :, :2], k)
+    scores[:, :, 2:] = raw(q[:, :, 2:], k)
+    return scores.softmax(-1) @ v
+
+
 def mask_doubled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two additive masks of the least number, whose sum is -inf where both hide, clamped back."""
     scores = raw(q, k)
@@ -347,6 +370,9 @@ CASES = (
     one("baddbmm without a bias", by_inner, scale=SCALE),
     one("two low masks, clamped", mask_doubled, scale=SCALE),
     one("written through indices", mask_by_index, mask="causal"),
+    one("viewed like its mask", viewed_like_its_mask, mask="causal"),
+    one("two memories", two_memories, ("two products under one softmax",)),
+    one("chunk by chunk", chunk_by_chunk, ("",)),
     one("scores standardised", normalised_scores, ("",)),
     one("learned temperature", Temperature, gain=True),
     one("keys dropped in training", DropKey, scale=SCALE),
