@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import operator
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import llama_peer
@@ -78,14 +77,14 @@ def steady(arguments: argparse.Namespace) -> None:
     count = arguments.tokens
     bytes_read = sum(p.numel() * p.element_size() for p in model.parameters())
     limit = f"limit: {bytes_read / 1e6:.0f} MB of weights at the memory's rate"
-    with llama_cpp(count, arguments.dtype) as llama:
+    with llama_peer.llama_cpp(count, arguments.dtype, ends=False, python=arguments.llama_python) as llama:
         runs: dict[str, Callable[[], float]] = {
             "subquad": lambda: ours(made, ids, count),
             "Hugging Face generate, cache on": lambda: theirs(peer, ids, count),
             limit: lambda: machine.read_bandwidth(repeats=3) / bytes_read,
         }
         if llama is not None:
-            runs["llama.cpp, the same tensors"] = llama
+            runs["llama.cpp, the same tensors"] = lambda: operator.truediv(*llama(PROMPT))
         values: dict[str, list[float]] = {name: [] for name in runs}
         for n in range(arguments.pairs + 1):
             for name, run in runs.items():
@@ -99,35 +98,6 @@ def steady(arguments: argparse.Namespace) -> None:
         print(f"| {name} | {statistics.median(found):.1f} | {max(found):.1f} | {ratio:.2f} |")
     if llama is None:
         print("| llama.cpp | not installed here | | |")
-
-
-@contextmanager
-def llama_cpp(count: int, dtype: str) -> Iterator[Callable[[], float] | None]:
-    """A function that runs llama.cpp once in its own process on the same tensors; None when it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None or dtype != "bf16":
-        yield None
-        return
-    from subquad.packaged_weights import packaged_gguf
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bf16.gguf"
-        llama_peer.write_bf16(packaged_gguf(), path)
-        options = ["--tokens", str(count), "--threads", str(torch.get_num_threads()), "--prompt", PROMPT]
-        command = [sys.executable, llama_peer.__file__, str(path), *options]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdout.readline()
-
-            def run() -> float:
-                process.stdin.write("\n")
-                process.stdin.flush()
-                return float(process.stdout.readline())
-
-            yield run
-            process.stdin.close()
 
 
 FIRST = """
@@ -184,6 +154,7 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--llama-python", default=sys.executable, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--skip-first-token", action="store_true")
