@@ -25,6 +25,7 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
+from subquad.loop_program import rewrite_loops
 from subquad.model_loops import add_loops, inspect_function
 from subquad.pass_spec import make_pass, parse_passes, parse_request
 from subquad.passes import discover
@@ -142,6 +143,9 @@ def rewrite(
             f"the plan was made for another model: it has fingerprint {parsed.model}, this one {fingerprint(model)}."
         )
     captured, report = _captured_report(model, example_inputs)
+    inside = loop if parsed is None else planned(parsed)
+    if inside is not None and (drafting := rewrite_loops(captured, report, inside)) is not None:
+        return drafting
     if parsed is not None:
         steps, loop = planned_steps(parsed, report.sites), planned(parsed)
     else:

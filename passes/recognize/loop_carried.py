@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.fx
 
@@ -27,9 +29,33 @@ SHAPING = {
 WRITES = {"index_copy", "index_put", "scatter", "select_scatter", "slice_scatter", "where", "index_fill"}
 
 
+@dataclass(frozen=True)
+class Carried:
+    """A decoding loop in a `while_loop` node, and the nodes of its body that matter.
+
+    inputs, outputs: what is carried, before and after an iteration.  buffer, counter: the inputs that hold the ids and the
+    next place.  row: where the logits of the last token are read, None when the model reads them itself.
+    """
+
+    loop: Loop
+    node: Node
+    condition: torch.fx.GraphModule
+    body: torch.fx.GraphModule
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    buffer: Node
+    counter: Node
+    row: Node | None
+
+
 def find_while_loops(module: torch.fx.GraphModule) -> list[Loop | Refusal]:
     """Every `while_loop` of a graph whose body chooses by argmax or draws: its decoding loop, or the slot that is not filled."""
-    found: list[Loop | Refusal] = []
+    return [found.loop if isinstance(found, Carried) else found for found in find_carried(module)]
+
+
+def find_carried(module: torch.fx.GraphModule) -> list[Carried | Refusal]:
+    """As `find_while_loops`, with the nodes."""
+    found: list[Carried | Refusal] = []
     for node in module.graph.nodes:
         if node.target is torch.ops.higher_order.while_loop:
             condition, body = (attribute(module, str(part.target)) for part in node.args[:2])
@@ -38,7 +64,7 @@ def find_while_loops(module: torch.fx.GraphModule) -> list[Loop | Refusal]:
     return found
 
 
-def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModule) -> Loop | Refusal:
+def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModule) -> Carried | Refusal:
     source, code = user_line(node)
     if source.startswith("<"):
         source, code = "", ""
@@ -79,7 +105,7 @@ def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModul
     cond = [n for n in condition.graph.nodes if n.op == "call_function"]
     held = Slot("carried", f"{len(caches)} tensors") if caches else NONE
     named = [n for n in ancestors([choice]) if row is not None and _after(n, row, choice)]
-    return Loop(
+    loop = Loop(
         path=node.name, origin="while_loop", source=source, model=Slot("graph", "the body, with the model inlined"),
         context=Slot("full prefix" if whole else "last token", buffer.name), cache=held,
         positions=Slot("counter", counter.name),
@@ -88,9 +114,23 @@ def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModul
         write=Slot("slot write", f"{_name(written)} at {counter.name}"),
         stop=tuple(Slot("rows that ended", old.name) for old, _ in flags),
         bound=Slot("while", " → ".join(_name(n) for n in cond)), result=Slot("carried tensors", f"{len(carried)}"),
-        schedules=(Schedule("derived cache", False, "an exported loop keeps its shapes; it is left whole"),),
+        schedules=(Schedule("derived cache", False, "an exported loop keeps its shapes"),
+                   Schedule("draft and verify", *_may_draft(whole, row, choice, caches))),
         evidence=("one carried counter, one buffer of ids written at it",),
     )  # fmt: skip
+    before, after = (tuple(pair[n] for pair in carried) for n in (0, 1))
+    return Carried(loop, node, condition, body, before, after, buffer, counter, row)
+
+
+def _may_draft(whole: bool, row: Node | None, choice: Node, caches: list[tuple[Node, Node]]) -> tuple[bool, str]:
+    """Whether several tokens may be verified in one iteration, and why or why not."""
+    if not whole or caches:
+        return False, "the body feeds the last token only, so that one pass cannot verify more"
+    if row is None:
+        return False, "the row of logits is chosen inside the model"
+    if WORDS[_name(choice)] != "argmax":
+        return False, "tokens are drawn, and a loop in a graph cannot draw again"
+    return True, "one pass over the buffer has the logits behind every drafted token"
 
 
 def _after(node: Node, row: Node, choice: Node) -> bool:

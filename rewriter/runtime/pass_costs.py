@@ -10,11 +10,11 @@ WIDTHS = (1, 2, 4, 8, 16)
 """Tokens fed at which the cost is known; between them it is interpolated."""
 EXPECTED = (1.0, 1.1, 1.15, 1.25, 1.9)
 """Costs before anything was measured, low on purpose: a width that is tried shows what it costs, one that is not never does."""
-STEP, LEAST = 0.5, 0.04
+STEP, LEAST = 0.4, 0.03
 """How far the first pair of passes moves the costs, and how far any later one still does."""
-SOON = 6
+SOON = 5
 """Pairs after which a pair moves them half as far."""
-JUMP = 1.0
+JUMP = 0.7
 """The largest difference of logarithms that a pair counts with: a pass that the machine interrupted says little."""
 
 
