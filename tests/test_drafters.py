@@ -91,6 +91,19 @@ def test_top_tokens_are_those_of_topk(rows: int, vocabulary: int, count: int, se
     assert torch.equal(top_tokens(logits, count), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [-100.0, -3.0, 0.0, 3.0])
+def test_top_tokens_of_any_sign_and_dtype(dtype: torch.dtype, shift: float) -> None:
+    """At -100 no logit is positive, at -3 fewer than asked for in some rows."""
+    logits = (torch.randn(5, 4000, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
+    logits[0, :3993] = -torch.inf
+    logits[1, 7] = torch.inf
+    found = top_tokens(logits, 8)
+    assert torch.equal(logits.gather(1, found), logits.topk(8, -1).values)
+    assert all(len(set(row)) == 8 for row in found.tolist())
+    assert torch.equal(top_tokens(logits[:0], 8), logits[:0].topk(8, -1).indices)
+
+
 def test_the_grown_tree_has_the_paths_of_highest_value() -> None:
     source = random.Random(0)
     rates = Rates(prior)
