@@ -341,3 +341,16 @@ extern "C" AOTITorchError aoti_torch_cpu_narrow_linear(
   }
   return AOTI_TORCH_SUCCESS;
 }
+
+// The same for operators outside compiled programs: x [rows, in] (rows stride apart), weight [out, in], bias [out] or null and
+// y [rows, out], all of bf16 (half) or fp32.
+extern "C" void subquad_narrow_linear(
+    int32_t half, const void* x, int64_t stride, const void* weight, const void* bias, void* y, int64_t rows, int64_t in,
+    int64_t out) {
+  if (half)
+    linear(static_cast<const BFloat16*>(x), stride, static_cast<const BFloat16*>(weight),
+           static_cast<const BFloat16*>(bias), static_cast<BFloat16*>(y), rows, in, out);
+  else
+    linear(static_cast<const float*>(x), stride, static_cast<const float*>(weight), static_cast<const float*>(bias),
+           static_cast<float*>(y), rows, in, out);
+}

@@ -8,6 +8,7 @@ import torch
 from subquad import native_library
 from subquad.compilation import load_package
 from subquad.compile_worker import compile_job
+from subquad.kernels.wide_linear import wide_linear
 from subquad.runtime.graph_file import write_graph
 from subquad.runtime.schedule import InputForm, Varying
 from subquad.runtime.schedule_file import write_form
@@ -85,3 +86,22 @@ def test_infinity_and_not_a_number_survive(
     for result in run([*xs, *weights, *biases]):
         assert torch.equal(result.isnan(), torch.full_like(result, value).isnan())
         assert torch.equal(result.nan_to_num(), torch.full_like(result, value).nan_to_num())
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+def test_outside_compiled_programs_the_same_code_runs(rows: int) -> None:
+    """Few rows in C++, more by the library; both near float64, for rows that lie apart too."""
+    torch.manual_seed(rows)
+    for dtype, i, o in CASES:
+        wide = torch.randn(1, rows, 2 * i, dtype=dtype)
+        weight, bias = torch.randn(o, i, dtype=dtype), torch.randn(o, dtype=dtype)
+        for x in (wide[..., :i], wide[..., ::2], wide[..., i:].contiguous()):
+            for plus in (None, bias):
+                found = wide_linear(x, weight, plus)
+                want = torch.nn.functional.linear(x.double(), weight.double(), None if plus is None else plus.double())
+                assert found.shape == want.shape
+                assert found.dtype == dtype
+                error = (found.double() - want).norm() / want.norm()
+                own = (want.to(dtype).double() - want).norm() / want.norm()
+                assert error <= 2 * own + 4 * torch.finfo(torch.float32).eps, (dtype, i, o)
