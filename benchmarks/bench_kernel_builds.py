@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 
 import machine
 from gpu_cases import RECURRENCES, SOFTMAXES
@@ -42,12 +43,12 @@ def main() -> None:
     print(machine.line())
     chosen_bases = {name: base for name, base in bases(chosen.size, chosen.dtype).items() if chosen.only in name}
     jobs = [
-        (name, spec, target)
+        (name, spec)
         for name, base in chosen_bases.items()
-        for spec in operator_kernels(base)
         for target in chosen.targets
+        for spec in operator_kernels(replace(base, target=target))
     ]
-    unique = list(dict.fromkeys((spec, target) for _, spec, target in jobs))
+    unique = list(dict.fromkeys(spec for _, spec in jobs))
     begin = time.perf_counter()
     made = dict(zip(unique, build_all(unique), strict=True))
     took = time.perf_counter() - begin
@@ -56,10 +57,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in chosen_bases:
         for target in chosen.targets:
-            reports = [made[spec, target] for one, spec, where in jobs if one == name and where == target]
-            spilling = [
-                spec.part for one, spec, where in jobs if one == name and where == target and made[spec, target].spills
-            ]
+            specs = [spec for one, spec in jobs if one == name and spec.target == target]
+            reports = [made[spec] for spec in specs]
+            spilling = [spec.part for spec in specs if made[spec].spills]
             shared = max(report.shared_bytes for report in reports)
             registers = max(report.registers or 0 for report in reports)
             told = ", ".join(sorted(set(spilling))) or "none"

@@ -216,13 +216,11 @@ def print_kernels(directory: str, kernels: Sequence[EmittedKernel]) -> None:
     """Emitted kernels with what each build uses of its target."""
     rows = []
     for kernel in kernels:
-        for target, made in kernel.builds.items():
-            memory = f"{made.shared_bytes} of {made.limit_bytes}"
-            rows.append(
-                [kernel.source, len(kernel.sites), target, memory, made.registers, made.spills, f"{made.seconds:.1f}"]
-            )
-        if not kernel.builds:
-            rows.append([kernel.source, len(kernel.sites), "source only", "", "", "", ""])
+        made = kernel.built
+        used = ("source only", "", "", "", "") if made is None else (
+            kernel.spec.target, f"{made.shared_bytes} of {made.limit_bytes}", made.registers, made.spills, f"{made.seconds:.1f}"
+        )  # fmt: skip
+        rows.append([kernel.source, len(kernel.sites), *used])
     columns = ["source", "#sites", "target", "#shared bytes", "#registers", "#spills", "#seconds"]
     print_table(directory, columns, rows)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from subquad.codegen.cache import load, store
-from subquad.codegen.schedule import on_target
 from subquad.codegen.source import arguments, emit
 from subquad.codegen.text import STRIDE
 from subquad.ir.kernel_spec import KernelSpec
@@ -42,15 +41,14 @@ class BuildReport:
         return self.shared_bytes <= self.limit_bytes
 
 
-def build(kernel_spec: KernelSpec, target: str | None = None) -> BuildReport:
-    """Compile for `target` ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"; default: the spec's own) without a GPU.
+def build(kernel_spec: KernelSpec) -> BuildReport:
+    """Compile for the spec's target ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"), whose schedule it has, without a GPU.
 
     Raises ValueError for an unknown target, and RuntimeError where triton is missing or its interpreter is on.
     """
-    target = target or kernel_spec.target
+    target = kernel_spec.target
     if target not in SHARED_LIMITS:
         raise ValueError(f"The target {target!r} is unknown; choose one of {', '.join(SHARED_LIMITS)}.")
-    kernel_spec = on_target(kernel_spec, target)
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -84,14 +82,14 @@ def build(kernel_spec: KernelSpec, target: str | None = None) -> BuildReport:
     return BuildReport(binary, compiled.metadata.shared, registers, spills, seconds, SHARED_LIMITS[target])
 
 
-def build_all(jobs: Sequence[tuple[KernelSpec, str]], processes: int | None = None) -> Iterator[BuildReport]:
-    """`build` for each (spec, target), in order, in as many processes as there are processors (or `processes`)."""
-    count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+def build_all(specs: Sequence[KernelSpec], processes: int | None = None) -> Iterator[BuildReport]:
+    """`build` for each spec, in order, in as many processes as there are processors (or `processes`)."""
+    count = min(processes or len(os.sched_getaffinity(0)), len(specs))
     if count <= 1:
-        yield from (build(*job) for job in jobs)
+        yield from map(build, specs)
         return
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(build, *zip(*jobs, strict=True))
+        yield from pool.map(build, specs)
 
 
 def _cuda_usage(binary: Path) -> tuple[int | None, int | None]:

@@ -51,21 +51,25 @@ RECURRENCE_PARTS = (
 
 
 def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
-    """fp32 values that one program of a recurrence kernel keeps at once: a count of its tiles, calibrated on builds for sm_90."""
+    """fp32 values that one program of a recurrence kernel keeps at once: a count of its tiles, calibrated on builds for sm_90.
+
+    Before sm_90 both operands of a product are kept in registers too, which inverses and carried gradients feel.
+    """
     delta, channel = int(parts.delta), parts.decay == "channel"
+    operands = 2 if parts.spec.target == "cuda:80" else 1
     tile, blocks = max((one.pad for one in parts.blocks), default=16), len(parts.blocks)
     square, rows, values, state = chunk * chunk, chunk * tile, chunk * block, tile * block
     counts = {
-        "prepare": 6 * square + rows + values,
+        "prepare": 6 * operands * square + rows + values,
         "states": blocks * state + rows * (1 + delta) + values,
         "output": square + 2 * values + 2 * rows + state,
         "grad_values": square + 2 * values + 2 * rows + state,
-        "grad_states": blocks * state + rows * (1 + 2 * delta) + 2 * values,
+        "grad_states": operands * (blocks * state + rows * (1 + 2 * delta) + 2 * values),
         "grad_keys": square + rows * (4 + delta) + 2 * values + 2 * state,
-        "grad_transform": 4 * square + 3 * rows + 2 * values,
+        "grad_transform": 4 * operands * square + 3 * rows + 2 * values,
         "step": blocks * state + 4 * 16 * tile,
     }
-    found = counts.get(part, 0)
+    found = counts.get(part, 0) if delta or part not in ("prepare", "grad_transform") else 0
     if found and parts.spec.feature_dim:
         sides = 2 if part in ("output", "step") else 1
         found += (sides * pad(parts.spec.feature_dim) + chunk) * pad(parts.spec.key_dim)
@@ -86,7 +90,7 @@ def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
 
     Bytes of states between chunks fall with the chunk, operations within chunks grow with it (F V / C against C (F + V)
     per token), so that chunks near sqrt(F V) are best; two-level decays double the work within a chunk and fp32 operands the
-    registers, so that both get half.
+    registers, so that both get half.  A chunk whose kernels do not all fit the registers of the spec's target comes last.
     """
     parts = Parts(replace(spec, part="states"))
     longest = 32 if parts.decay == "channel" or spec.dtype == "float32" else 64
@@ -95,11 +99,13 @@ def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
         for size in (64, 32, 16)
         if size <= min(longest, max(16, pad(int((parts.features * spec.value_dim) ** 0.5))))
     ]
-    return [_fitted(parts, chunk) for chunk in sizes]
+    fitted = [_fitted(parts, chunk) for chunk in sizes]
+    return [schedule for schedule, fits in sorted(fitted, key=lambda one: not one[1])]
 
 
-def _fitted(parts: Parts, chunk: int) -> Schedule:
-    special = []
+def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:
+    """The schedule of a chunk, and whether the registers hold what its kernels keep."""
+    special, fits = [], True
     for part in RECURRENCE_PARTS:
         options = [(block, warps) for warps in (4, 8) for block in (64, 32) if block == 64 or "states" in part]
         options.sort(key=lambda option: (option[1], -option[0]) if "states" not in part else (-option[0], option[1]))
@@ -108,8 +114,9 @@ def _fitted(parts: Parts, chunk: int) -> Schedule:
             for o in options
             if live_values(part, parts, chunk, min(o[0], pad(parts.spec.value_dim))) <= REGISTERS * 32 * o[1]
         ]
+        fits = fits and bool(fitting)
         special.append((part, fitting[0] if fitting else (32 if "states" in part else 64, 8)))
-    return Schedule(chunk, 64, 4, tuple(special))
+    return Schedule(chunk, 64, 4, tuple(special)), fits
 
 
 def softmax_schedule(spec: KernelSpec, rows: int) -> Schedule:
@@ -142,7 +149,10 @@ def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
 
 
 def scheduled(spec: KernelSpec, schedule: Schedule | None = None) -> KernelSpec:
-    """The spec of one kernel under a schedule, by default its operator's own."""
+    """The spec of one kernel under a schedule, by default its operator's own on the spec's target.
+
+    Waves on AMD are twice as wide as warps, and more than four of a program halve the registers of each.
+    """
     if spec.op == "recurrence":
         chosen = schedule or recurrence_schedule(spec)
     else:
@@ -155,10 +165,6 @@ def scheduled(spec: KernelSpec, schedule: Schedule | None = None) -> KernelSpec:
         and Parts(spec).whole_rows
     ):
         block = max(16, pad(spec.value_dim))
-    return on_target(replace(spec, block_q=chosen.chunk, block_kv=block, num_warps=warps), spec.target)
-
-
-def on_target(spec: KernelSpec, target: str) -> KernelSpec:
-    """A scheduled spec for another target, whose programs may have other limits."""
-    warps = min(spec.num_warps, WAVES) if target.startswith("hip") else spec.num_warps
-    return replace(spec, target=target, num_warps=warps)
+    if spec.target.startswith("hip"):
+        warps = min(warps, WAVES)
+    return replace(spec, block_q=chosen.chunk, block_kv=block, num_warps=warps)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from subquad.replacement import Replacement
 
 @dataclass(frozen=True)
 class EmittedKernel:
-    """One kernel: its spec, the sites that use it, the source file, and what was built from it by target."""
+    """One kernel: its spec with its target, the sites that use it, the source file, and what was built from it, if asked."""
 
     spec: KernelSpec
     sites: tuple[str, ...]
     source: str
-    builds: dict[str, BuildReport]
+    built: BuildReport | None
 
     def json(self) -> dict[str, Any]:
         """The public words of an emitted kernel."""
@@ -39,23 +39,22 @@ class EmittedKernel:
             "part": self.spec.part,
             "source": self.source,
             "sites": list(self.sites),
-            "spec": dataclasses.asdict(self.spec),
-            "builds": {
-                target: {
-                    "binary": made.path.name,
-                    "shared_bytes": made.shared_bytes,
-                    "limit_bytes": made.limit_bytes,
-                    "registers": made.registers,
-                    "spills": made.spills,
-                    "seconds": round(made.seconds, 3),
-                }
-                for target, made in self.builds.items()
+            "spec": asdict(self.spec),
+            "target": self.spec.target,
+            "build": self.built
+            and {
+                "binary": self.built.path.name,
+                "shared_bytes": self.built.shared_bytes,
+                "limit_bytes": self.built.limit_bytes,
+                "registers": self.built.registers,
+                "spills": self.built.spills,
+                "seconds": round(self.built.seconds, 3),
             },
         }
 
 
-def kernel_specs(model: nn.Module) -> dict[KernelSpec, tuple[str, ...]]:
-    """The distinct kernels that a rewritten model runs on a GPU, forward and backward, with the sites that use each.
+def kernel_specs(model: nn.Module, target: str = "cuda:90") -> dict[KernelSpec, tuple[str, ...]]:
+    """The distinct kernels that a rewritten model runs on a target, forward and backward, with the sites that use each.
 
     Raises SubquadError when the model was not rewritten or computes in a type that has no kernel.
     """
@@ -64,12 +63,12 @@ def kernel_specs(model: nn.Module) -> dict[KernelSpec, tuple[str, ...]]:
         raise SubquadError(f"{type(model).__name__} was not rewritten, so it has no kernels.")
     found: dict[KernelSpec, tuple[str, ...]] = {}
     for replacement in record.replacements:
-        for spec in _specs(record.original.root, replacement):
+        for spec in _specs(record.original.root, replacement, target):
             found[spec] = (*found.get(spec, ()), replacement.site.path)
     return found
 
 
-def _specs(root: nn.Module, replacement: Replacement) -> list[KernelSpec]:
+def _specs(root: nn.Module, replacement: Replacement, target: str) -> list[KernelSpec]:
     site, call = replacement.site, replacement.call
     value = site.out.meta.get("val", site.out.meta.get("example_value"))
     dtype = str(value.dtype if isinstance(value, torch.Tensor) else torch.float32).removeprefix("torch.")
@@ -81,14 +80,16 @@ def _specs(root: nn.Module, replacement: Replacement) -> list[KernelSpec]:
         flags = [name for name, used in (("bias", site.biases), ("sinks", site.sinks is not None)) if used]
         kinds = tuple("int8" if _is_bool(table.node) else "int64" for table in site.mask.tables)
         return operator_kernels(
-            KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, flags=tuple(flags), tables=kinds)
-        )
+            KernelSpec(
+                call.operator, call.spec, dtype, site.head_dim, site.value_dim,
+                flags=tuple(flags), tables=kinds, target=target,
+            )
+        )  # fmt: skip
     names = call.parameters.get("feature_q", ())
     features = attribute(root, f"{replacement.prefix}.{names[0]}").shape[-1] if names else 0
     gate = ("gate",) if call.parameters.get("window_gate") else ()
-    return operator_kernels(
-        KernelSpec(call.operator, call.spec, dtype, site.head_dim, site.value_dim, features, flags=gate)
-    )
+    sizes = (site.head_dim, site.value_dim, features)
+    return operator_kernels(KernelSpec(call.operator, call.spec, dtype, *sizes, flags=gate, target=target))
 
 
 def _is_bool(node: torch.fx.Node) -> bool:
@@ -99,6 +100,8 @@ def _is_bool(node: torch.fx.Node) -> bool:
 def emit_kernels(model: nn.Module, directory: Path, targets: tuple[str, ...] = ()) -> list[EmittedKernel]:
     """Write the sources of a model's kernels to a new directory and build them for `targets`; no GPU is needed.
 
+    Each target has kernels of its own, because its schedule follows from its registers.
+
     directory: must not exist, or be empty.  targets: any of cuda:80, cuda:90, cuda:100, hip:gfx942; none writes sources only.
     Raises SubquadError for an unknown target, a kernel that does not fit the target's shared memory, or missing triton.
     """
@@ -107,23 +110,18 @@ def emit_kernels(model: nn.Module, directory: Path, targets: tuple[str, ...] = (
             raise SubquadError(f"the target {target!r} is unknown; {did_you_mean(target, SHARED_LIMITS)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ArtifactError(f"{directory} exists; give the name of a new directory.")
-    specs = kernel_specs(model)
+    found = [kernel_specs(model, target) for target in targets] or [kernel_specs(model)]
+    sites = {spec: paths for of_target in found for spec, paths in of_target.items()}
     emitted = []
     try:
-        with (
-            written_beside(directory) as fresh,
-            progress("building kernels", len(specs) * max(1, len(targets))) as advance,
-        ):
-            jobs = [(dataclasses.replace(spec, target=target), target) for spec in specs for target in targets]
-            made = iter(build_all(jobs))
-            for spec, sites in specs.items():
+        with written_beside(directory) as fresh, progress("building kernels", len(sites)) as advance:
+            made = build_all(list(sites)) if targets else itertools.repeat(None)
+            for (spec, paths), built in zip(sites.items(), made, strict=False):
                 name = f"{spec.op}_{spec.part}_{spec.hash[:12]}"
                 (fresh / f"{name}.py").write_text(emit(spec), encoding="utf-8")
-                builds = {}
-                for target in targets:
-                    builds[target] = _kept(next(made), target, fresh, name)
-                    advance(1, f"{name} for {target}")
-                emitted.append(EmittedKernel(spec, sites, f"{name}.py", builds))
+                kept = _kept(built, spec, fresh, name) if built else None
+                emitted.append(EmittedKernel(spec, paths, f"{name}.py", kept))
+                advance(1, f"{name} for {spec.target}")
             (fresh / "kernels.json").write_text(
                 json.dumps([kernel.json() for kernel in emitted], indent=1), encoding="utf-8"
             )
@@ -132,11 +130,11 @@ def emit_kernels(model: nn.Module, directory: Path, targets: tuple[str, ...] = (
     return emitted
 
 
-def _kept(made: BuildReport, target: str, directory: Path, name: str) -> BuildReport:
+def _kept(made: BuildReport, spec: KernelSpec, directory: Path, name: str) -> BuildReport:
     if not made.fits:
         raise SubquadError(
-            f"{name} needs {made.shared_bytes} bytes of shared memory on {target}, which has {made.limit_bytes}."
+            f"{name} needs {made.shared_bytes} bytes of shared memory on {spec.target}, which has {made.limit_bytes}."
         )
-    binary = directory / f"{name}.{target.replace(':', '_')}{made.path.suffix}"
+    binary = directory / f"{name}.{spec.target.replace(':', '_')}{made.path.suffix}"
     shutil.copyfile(made.path, binary)
-    return dataclasses.replace(made, path=binary)
+    return replace(made, path=binary)

@@ -170,13 +170,17 @@ def test_a_measured_schedule_is_kept_per_device_and_not_per_length(monkeypatch):
 @pytest.mark.parametrize("target", list(SHARED_LIMITS))
 def test_a_kernel_builds_for_every_target_without_a_gpu(target):
     pytest.importorskip("triton")
-    small = scheduled(dataclasses.replace(GATED, part="cumulate"))
-    for spec in (small, scheduled(dataclasses.replace(SOFTMAX, part="grad_queries"))):
-        report = build(spec, target)
+    for base, part in ((GATED, "cumulate"), (SOFTMAX, "grad_queries")):
+        report = build(scheduled(dataclasses.replace(base, part=part, target=target)))
         assert report.path.stat().st_size > 1000
         assert report.fits
         assert report.registers
         assert report.spills == 0
+
+
+def test_a_target_gets_the_chunk_that_its_registers_hold():
+    chunks = {t: recurrence_candidates(dataclasses.replace(GATED, target=t))[0].chunk for t in ("cuda:80", "cuda:90")}
+    assert chunks == {"cuda:80": 32, "cuda:90": 64}
 
 
 @pytest.mark.slow
@@ -185,14 +189,14 @@ def test_a_kernel_builds_for_every_target_without_a_gpu(target):
 def test_every_kernel_of_an_operator_builds_without_spills(base, target):
     pytest.importorskip("triton")
     specs = operator_kernels(dataclasses.replace(base, target=target))
-    for spec, report in zip(specs, build_all([(spec, target) for spec in specs]), strict=True):
+    for spec, report in zip(specs, build_all(specs), strict=True):
         assert report.fits, spec
         assert not report.spills, (spec, report)
 
 
 def test_an_unknown_target_is_refused():
     with pytest.raises(ValueError, match="cuda:90"):
-        build(SOFTMAX, "cuda:7")
+        build(dataclasses.replace(SOFTMAX, target="cuda:7"))
 
 
 def test_import_touches_no_driver_and_needs_no_triton():
