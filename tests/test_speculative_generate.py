@@ -46,7 +46,7 @@ def end_of(fast: Any, ids: torch.Tensor, place: int) -> int:
     return int(out[0, ids.shape[1] + place])
 
 
-@pytest.mark.parametrize("method", ["auto", "suffix", "ngram", "recycling", "trigram", "none"])
+@pytest.mark.parametrize("method", ["auto", "suffix", "ngram", "recycling", "trigram", "layer_skip", "none"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2, "min_new_tokens": 9}, {"bad_words_ids": [[9]]},

@@ -14,6 +14,7 @@ from typing import ClassVar
 from subquad.ir.contract import Contract
 from subquad.ir.decoding import Drafter
 from subquad.ir.loop_rewrite import LoopRewrite
+from subquad.passes.speculate.layer_skip import LayerSkip
 from subquad.passes.speculate.prompt_lookup import PromptLookup
 from subquad.passes.speculate.suffix_automaton import SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
@@ -25,7 +26,8 @@ from subquad.passes.speculate.union import Union
 class Speculate(LoopRewrite):
     """Draft and verify under exact rules of acceptance.
 
-    method: "auto" (suffix automaton and Token Recycling), "suffix", "ngram" (prompt lookup), "recycling" or "trigram".
+    method: "auto" (suffix automaton and Token Recycling), "suffix", "ngram" (prompt lookup), "recycling", "trigram" or
+    "layer_skip" (the model itself without some of its blocks).
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
     """
@@ -62,4 +64,5 @@ METHODS: dict[str, Callable[[Speculate], Drafter]] = {
     "ngram": lambda knobs: PromptLookup(knobs.num_speculative_tokens, knobs.prompt_lookup_max, knobs.prompt_lookup_min),
     "recycling": lambda knobs: TokenRecycling(),
     "trigram": lambda knobs: TrigramTree(),
+    "layer_skip": lambda knobs: LayerSkip(tokens=min(LayerSkip.tokens, knobs.num_speculative_tokens)),
 }

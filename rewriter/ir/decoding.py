@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -43,6 +43,22 @@ class RollbackStepper(Stepper, Protocol):
 
     def rollback(self, counts: Sequence[int]) -> None:
         """Take back the last tokens of each row."""
+
+
+Shortcut = Callable[[Sequence[int], Collection[int]], Tensor]
+"""(chain of tokens, the pending one first; numbers of the blocks to leave out) → logits [n, V] behind them.  Nothing is kept."""
+
+
+@runtime_checkable
+class SkippingStepper(Protocol):
+    """A Stepper whose model can run without some of its blocks."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model has that can be left out; 0 when it cannot do without any."""
+
+    def skipping(self, row: int, tokens: Sequence[int], skip: Collection[int]) -> Tensor:
+        """Logits [n, V] of a chain behind one row without some blocks; nothing is pending afterwards."""
 
 
 OpenStepper = Callable[[], RollbackStepper]
@@ -111,6 +127,14 @@ class Drafting(Protocol):
 
     def observe(self, result: Verified) -> None:
         """Learn what was committed."""
+
+
+@runtime_checkable
+class SelfDrafting(Protocol):
+    """A Drafting that drafts with the model itself; without it, it drafts nothing."""
+
+    def attach(self, blocks: int, run: Shortcut) -> None:
+        """The model of this sequence, and how many blocks it has."""
 
 
 class Drafter(Protocol):

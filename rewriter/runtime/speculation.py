@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, Stepper, Verified
+from subquad.ir.decoding import (
+    AcceptanceRule,
+    Choice,
+    Drafter,
+    Drafting,
+    SelfDrafting,
+    SkippingStepper,
+    Stepper,
+    Verified,
+)
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import GenerationError
 from subquad.runtime.pacing import FixedPacing, Pacing
@@ -127,6 +137,8 @@ def speculate(
     if drafter is not None:
         for row, prompt, new in zip(rows, prompts, emitted, strict=True):
             row.drafting = None if row.ended else drafter.start((*prompt, new[0].token), row.choice)
+            if isinstance(row.drafting, SelfDrafting) and isinstance(stepper, SkippingStepper) and stepper.blocks:
+                row.drafting.attach(stepper.blocks, functools.partial(stepper.skipping, row.number))
     while not all(row.ended for row in rows):
         start = time.perf_counter()
         trees = _trees(rows, stepper, pacing, first.shape[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -117,6 +117,19 @@ class TreeStepper:
         if self.order is None:
             return found
         return [row for _, row in sorted(zip(self.order, found, strict=True), key=lambda pair: pair[0])]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a draft of the model's own can leave out; none where states are recurrent and a draft would move them."""
+        return self.engine.blocks if self.trees else 0
+
+    def skipping(self, row: int, tokens: Sequence[int], skip: Collection[int]) -> Tensor:
+        """Logits [n, V] of a chain behind one row without some blocks; what it wrote lies behind the rows' ends."""
+        assert self.state is not None
+        place = row if self.order is None else self.order.index(row)
+        ids = torch.zeros(self.state.batch, len(tokens), dtype=torch.int64, device=self.engine.device)
+        ids[place] = torch.tensor(tokens, device=self.engine.device)
+        return self.engine.verify(self.state, ids, None, skip)[0][place]
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes of each row's path."""
