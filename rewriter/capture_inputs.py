@@ -75,12 +75,13 @@ def _axes(name: str, value: torch.Tensor, lengths: set[int]) -> list[int]:
     """Batch and sequence, never heads, channels or features; axes of size one stay fixed.
 
     lengths: of the call's sequences [B, T] and [B, T, D].  [B], [B, T] and [B, T, D] → the first two, and all three of what
-    is over pairs, [B, T, T] and [B, T, T, D]; [B, H, T, …] and more → the first and the third, and the fourth of a mask
-    [B, H, Tq, Tk] (boolean, as wide as it is high, or one row for all queries and heads); of images [B, C, H, W] or
-    [B, H, W, C] → the first.
+    is over pairs, [B, T, T], [B, T, T, D] and boolean [B, Tq, Tk]; [B, H, T, …] and more → the first and the third, and the
+    fourth of a mask [B, H, Tq, Tk] (boolean, as wide as it is high, or one row for all queries and heads); of images
+    [B, C, H, W] or [B, H, W, C] → the first.
     """
     axes = {0, 1} if value.dim() < 4 else {0, 2}
-    if value.dim() in (3, 4) and value.shape[1] == value.shape[2] and (value.dim() == 3 or value.shape[1] in lengths):
+    square = value.dim() in (3, 4) and value.shape[1] == value.shape[2]
+    if (square and (value.dim() == 3 or value.shape[1] in lengths)) or (value.dim() == 3 and value.dtype == torch.bool):
         axes = {0, 1, 2}
     elif _is_image(name, value):
         axes = {0}

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from subquad.capture_nested import Nested
 
@@ -19,10 +20,10 @@ def capturable() -> Iterator[Nested]:
     """Inside the block library code takes the path that a graph can hold and that gives the same numbers.
 
     The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA, and
-    what the block is given says whether a forward would have taken nested tensors; masks
-    are not compared with the causal one, which is only a hint beside the mask itself; a checkpointed region is an ordinary
-    call, since nothing is recomputed without a backward pass; a module that moves itself to where it is stays; a condition
-    on a length, as in `is_causal=length > 1`, is decided for the lengths that the capture holds for.
+    what the block is given says whether a forward would have taken nested tensors; masks are not compared with the causal
+    one, which is only a hint beside the mask itself; a checkpointed region is an ordinary call, since nothing is recomputed
+    without a backward pass; a module that moves itself to where it is stays; a condition on a length, as in
+    `is_causal=length > 1`, is decided for the lengths that the capture holds for; `.data` is read as a detached tensor.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -38,7 +39,17 @@ def capturable() -> Iterator[Nested]:
         attend = torch.nn.functional.scaled_dot_product_attention
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _decided(attend)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", _moved_if_needed(torch.nn.Module.to)))
+        stack.enter_context(_Detached())
         yield nested
+
+
+class _Detached(TorchFunctionMode):
+    """`.data` is a detached tensor, which export records; what it gives by itself is a constant to export."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 def _hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

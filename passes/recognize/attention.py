@@ -14,7 +14,7 @@ import torch.fx
 from subquad.ir.graph import dtype_of, module_path, rank_of, shape_of, source_of
 from subquad.ir.mask import EmptyRows, FloorDiv
 from subquad.ir.refusal import Refusal, refuse
-from subquad.ir.site import Bias, CanonicalAxes, Site
+from subquad.ir.site import Bias, CanonicalAxes, Operand, Site
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.canonicalize.flex_attention import is_flex, why_kept
 from subquad.passes.recognize import mask_views  # noqa: F401  (registers the view rules)
@@ -209,13 +209,25 @@ class _Finder:
             q=q.operand, k=k.operand, v=v.operand, out=out, out_axes=out_axes,
             scale=scores.scale * q.factor * k.factor, mask=mask, heads=heads, kv_heads=kv_heads,
             head_dim=self._static(size_of_axes(q.operand, 3), anchor),
-            value_dim=self._static(size_of_axes(v.operand, 3), anchor),
+            value_dim=self._static(_value_dim(q.operand, k.operand, v.operand, out, out_axes), anchor),
             softcap=scores.softcap, biases=scores.biases + opaque, gain=scores.gain, sinks=scores.sinks,
             folded=q.factor * k.factor,
             absorbed=tuple(dict.fromkeys((*scores.passed, *k.passed, *v.passed, *q.passed))),
             mask_sources=tuple(mask.source for mask in scores.masks if mask.source is not None),
             evidence=tuple(evidence), source=source_of(anchor),
         )  # fmt: skip
+
+
+def _value_dim(q: Operand, k: Operand, v: Operand, out: Node, out_axes: CanonicalAxes) -> Any:
+    """The width of the values.
+
+    Where the capture has only a quotient of sizes for it: that of the result, or that of the queries, which the product
+    proves to be the keys', where keys and values have the same quotient.
+    """
+    size, place = size_of_axes(v, 3), out_axes[3]
+    if not isinstance(size, int) and str(size) == str(size_of_axes(k, 3)):
+        size = size_of_axes(q, 3)
+    return (shape_of(out) or ())[place[0]] if not isinstance(size, int) and len(place) == 1 else size
 
 
 def _phase(q_time: Any, k_time: Any) -> str:

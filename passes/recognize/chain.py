@@ -47,7 +47,14 @@ def read_chain(nodes: tuple[Node, ...], dim: int | None) -> Chain:
         raise NotAttention("the scores come from a product that does not pair queries with keys", nodes[0], "no-pairs")
     widest = _widest(nodes)
     shape = shape_of(widest) or ()
-    chain = _in_frame(product, nodes, dim, widest, shape, digits(shape))
+    try:
+        chain = _in_frame(product, nodes, dim, widest, shape, digits(shape))
+    except NotAttention as no:
+        coarse = shape_of(nodes[0]) or ()
+        if no.kind != "softmax-axis" or len(coarse) >= len(shape):
+            raise
+        widest = nodes[0]  # the axes of the product, while a view between counts queries or keys on several
+        chain = _in_frame(product, nodes, dim, widest, coarse, digits(coarse))
     rest = chain.frame.wide((*chain.frame.batch, *chain.frame.heads))
     fixed = [n for n in rest if isinstance(chain.frame.shape[n], int)]
     certain = len(chain.frame.heads) > 1 or (chain.frame.heads and len(fixed) == 1)

@@ -37,7 +37,17 @@ def _undivided(expression: sympy.Basic, sizes: tuple[tuple[sympy.Symbol, sympy.B
         number, by = changed.args
         quotient, rest = quotient_and_rest(number, by, dict(sizes))
         return quotient if isinstance(changed, FloorDiv) else rest
-    return changed
+    return _put_together(changed) if isinstance(changed, sympy.Add) else changed
+
+
+def _put_together(total: sympy.Basic) -> sympy.Basic:
+    """c·n·(x // n) + c·(x % n) → c·x."""
+    for part in total.atoms(sympy.Mod):
+        number, by = part.args
+        factor, whole = total.coeff(part), FloorDiv(number, by)
+        if factor != 0 and sympy.expand(total.coeff(whole) - factor * by) == 0:
+            return _put_together(sympy.expand(total - factor * part - factor * by * whole + factor * number))
+    return total
 
 
 def _name(size: sympy.Basic) -> sympy.Symbol:

@@ -13,6 +13,7 @@ from subquad.ir.graph import shape_of, value_of
 from subquad.ir.site import ScoreTensor
 from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.chain import Indices
+from subquad.passes.recognize.finer_axes import laid_out
 from subquad.passes.recognize.folding import folded
 from subquad.passes.recognize.frame import Frame, digit
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
@@ -62,6 +63,9 @@ class ScoreFrame:
         """A tensor that is broadcast to `node`, laid out over the scores."""
         self.require_independent(value, node)
         views = self.frame.views(shape_of(value) or (), len(self.places[node]), self.places[node])
+        if views is None:
+            sizes = self.shapes.get(node) or shape_of(node) or ()
+            views = laid_out(self.frame, shape_of(value) or (), sizes, self.places[node])
         if views is None:
             raise NotAttention("a tensor meets the scores in a layout that is not understood", node, "layout")
         return ScoreTensor(value, views)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-WIDTHS = "a program whose batches are two symbols keeps (8·s1)//s2 as head size, which SDPA's own shape proves to be 8"
 MAPPED = "torch.export makes a constant of what a vmap inside a vmap maps, and the capture is refused with the line"
 STACKED = "groups repeated by torch.stack are not peeled off once decomposed: as many key heads as query heads"
 STATIC = "with every size fixed, heads and blocks behind a pad are told apart by nothing: blocks are taken as heads, as exact"
@@ -10,9 +9,6 @@ LOGARITHM = "torch.export itself fixes the length where a logarithm of it is a n
 FEATURES = "with every size fixed, an attention of features to features is one of tokens like any other, and rewritten as exactly"
 
 GAPS: dict[tuple[str, str], str] = {
-    ("mha, other widths", "core"): WIDTHS,
-    ("decoder", "core"): WIDTHS,
-    ("decoder without the hint", "core"): WIDTHS,
     **{("mapped over samples and heads", d): MAPPED for d in ("export", "verified", "core")},
     ("scaled by the length", "core"): LOGARITHM,
     ("features attend to features", "dynamo"): FEATURES,
