@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from subquad.application import rewritten
+from subquad.ir.decoding import Drafter
 from subquad.ir.errors import GenerationError, SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.passes.speculate.draft_model import DraftModel
+from subquad.passes.speculate.other_tokenizer import OtherTokenizer
 from subquad.runtime.pacing import MOST
 from subquad.runtime.sharing_plan import SharingPlan
 from subquad.speculation_words import LOOKUP, NGRAM, spoken
 
-OWN = ("assistant_tokenizer", "custom_generate", "negative_prompt_ids", "past_key_values", "inputs_embeds", "position_ids",
+OWN = ("custom_generate", "negative_prompt_ids", "past_key_values", "inputs_embeds", "position_ids",
        "cache_implementation", "assistant_early_exit")  # fmt: skip
 """Arguments that leave a call to the model's own generate."""
 SEARCH = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": None, "dola_layers": None, "constraints": None,
@@ -58,14 +62,15 @@ class SpeculativeGenerate:
         if self.why_not is not None:
             return own(self.model, inputs, generation_config, **kwargs)
         given, kwargs = _without_words(generation_config, config, dict(kwargs))
-        assistant = kwargs.pop("assistant_model", None)
+        assistant, other = kwargs.pop("assistant_model", None), kwargs.pop("assistant_tokenizer", None)
         chosen = spoken(kwargs, self.rewrite)
-        drafter = None if assistant is None else assistant_drafter(assistant, self.model, config, kwargs)
+        drafter = None if assistant is None else assistant_drafter(assistant, self.model, config, kwargs, other)
         try:
             decoder = self._decoder()
         except SubquadError as refusal:
             self.why_not = str(refusal)
-            return own(self.model, inputs, generation_config, assistant_model=assistant, **kwargs)
+            theirs = {"assistant_model": assistant, "assistant_tokenizer": other}
+            return own(self.model, inputs, generation_config, **theirs, **kwargs)
         from subquad.runtime.hf_decoding import HuggingFaceCall
 
         if drafter is None and chosen is not None:
@@ -119,6 +124,8 @@ def _left(config: Any, kwargs: dict[str, Any]) -> str | None:
     given = next((word for word in OWN if kwargs.get(word) is not None), None)
     if given is not None:
         return f"the call gives {given}"
+    if kwargs.get("assistant_tokenizer") is not None and kwargs.get("assistant_model") is None:
+        return "the call gives assistant_tokenizer without assistant_model"
     for word, plain in SEARCH.items():
         value = kwargs.get(word, getattr(config, word, plain))
         if value not in (plain, None, False):
@@ -149,13 +156,32 @@ def _criteria(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "stop_strings": None, "stopping_criteria": found}
 
 
-def assistant_drafter(assistant: Any, model: Any, config: Any, kwargs: dict[str, Any]) -> DraftModel:
+@dataclass(frozen=True)
+class PlainText:
+    """A Hugging Face tokenizer without its special tokens."""
+
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        found: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def assistant_drafter(assistant: Any, model: Any, config: Any, kwargs: dict[str, Any], other: Any = None) -> Drafter:
     """The drafter of Hugging Face's assistant_model, with its num_assistant_tokens and assistant_confidence_threshold.
 
-    Raises GenerationError for an assistant with another vocabulary or none of its own decoding.
+    other: the assistant's tokenizer where it has its own; the model's is the call's `tokenizer`.
+    Raises GenerationError for an assistant with another vocabulary and no tokenizers.
     """
     sizes = [one.config.get_text_config().vocab_size for one in (assistant, model)]
-    if sizes[0] != sizes[1]:
+    if other is not None and kwargs.get("tokenizer") is None:
+        raise GenerationError("assistant_tokenizer= needs the model's own tokenizer as tokenizer= beside it.")
+    if other is None and sizes[0] != sizes[1]:
         raise GenerationError(
             f"the assistant model has {sizes[0]} tokens and the model {sizes[1]}; give one with the same tokenizer, or "
             "tokenizer= and assistant_tokenizer=."
@@ -164,8 +190,10 @@ def assistant_drafter(assistant: Any, model: Any, config: Any, kwargs: dict[str,
 
     settings = assistant.generation_config
     tokens = kwargs.pop("num_assistant_tokens", None) or getattr(settings, "num_assistant_tokens", None) or DRAFTED
+    opened = functools.partial(HuggingFaceStepper, assistant)
+    if other is not None:
+        own, most = PlainText(kwargs["tokenizer"]), min(int(tokens), MOST - 1)
+        return OtherTokenizer(opened, own, PlainText(other), sizes[1], most)
     least = kwargs.pop("assistant_confidence_threshold", None)
     least = getattr(settings, "assistant_confidence_threshold", None) if least is None else least
-    return DraftModel(
-        functools.partial(HuggingFaceStepper, assistant), sizes[1], min(int(tokens), MOST - 1), least or 0.0
-    )
+    return DraftModel(opened, sizes[1], min(int(tokens), MOST - 1), least or 0.0)

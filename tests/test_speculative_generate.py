@@ -255,6 +255,31 @@ def test_an_assistant_model_drafts(fast: Any, same: bool) -> None:
     assert torch.equal(got, batch)
 
 
+def numbers(turned: bool) -> Any:
+    """A tokenizer of the words n0 … n63, by their numbers or by the numbers turned round."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({f"n{n}": 63 - n if turned else n for n in range(64)}, unk_token="n0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="n0")
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"do_sample": True, "temperature": 0.7}], ids=str)
+def test_an_assistant_with_another_tokenizer_drafts(fast: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    assistant = tiny_llama(1)
+    words = {"tokenizer": numbers(False), "assistant_tokenizer": numbers(True)}
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, **options}
+    torch.manual_seed(0)
+    with original_forward(fast):
+        want = fast.generate(IDS, **options)
+    torch.manual_seed(0)
+    assert torch.equal(fast.generate(IDS, assistant_model=assistant, **words, **options), want)
+    assert fast.generate.why_not is None
+    with pytest.raises(GenerationError, match="needs the model's own tokenizer"):
+        fast.generate(IDS, assistant_model=assistant, assistant_tokenizer=numbers(True), max_new_tokens=2)
+
+
 def test_an_assistant_with_another_vocabulary_is_one_sentence(fast: Any) -> None:
     assistant = tiny_llama(1)
     assistant.resize_token_embeddings(72)
