@@ -92,6 +92,8 @@ class _Exporting:
                     if _branches_on_values(error):
                         break
                     continue
+                if axes == 2:
+                    return self._channels_first(capture, reads) or capture
                 if given_up:
                     capture.notes.append(f"{given_up} are fixed at the example's sizes: {_reason(first)}.")
                 return capture
@@ -114,10 +116,28 @@ class _Exporting:
         if reads.known:
             yield reads
 
-    def _attempt(self, axes: int, reads: ValueReads | None) -> Capture:
+    def _channels_first(self, capture: Capture, reads: ValueReads | None) -> Capture | None:
+        """The capture with another last axis for inputs whose second one the forward fixed, [B, C, T]; None when that fails."""
+        shapes = [shape_of(node) or () for node in capture.graph.graph.nodes if node.op == "placeholder"]
+        tensors = _tensors((self.args, self.kwargs))
+        turned = [
+            n
+            for n, (x, shape) in enumerate(zip(tensors, shapes, strict=False))
+            if x.dim() == 3 and x.is_floating_point() and x.shape[1] > 1 and fixed_size(shape[1]) and x.shape[2] > 1
+        ]
+        if not turned:
+            return None
+        try:
+            other = self._attempt(2, reads, frozenset(turned))
+        except Exception:  # as it was then: the second axes fixed
+            return None
+        found = [shape_of(node) or () for node in other.graph.graph.nodes if node.op == "placeholder"]
+        return other if all(fixed_size(found[n][2]) is None for n in turned) else None
+
+    def _attempt(self, axes: int, reads: ValueReads | None, channels_first: frozenset[int] = frozenset()) -> Capture:
         bound = {key: value for key, value in self.kwargs.items() if not _tensors(value)}
         given = self.args, {key: value for key, value in self.kwargs.items() if key not in bound}
-        shapes = self.objects.batch_and_length(*symbolic_axes(given, axes))
+        shapes = self.objects.batch_and_length(*symbolic_axes(given, axes, channels_first))
         answering = contextlib.nullcontext() if reads is None else reads.capture()
         with adapted_forward(self.model, bound, shapes, reads, self.objects) as adapted, answering:
             program = torch.export.export(

@@ -55,10 +55,11 @@ def batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[tor
     return example
 
 
-def symbolic_axes(given: Any, most: int = 2) -> Any:
+def symbolic_axes(given: Any, most: int = 2, channels_first: frozenset[int] = frozenset()) -> Any:
     """For every tensor of a tree the axes that become symbolic, as torch.export's dynamic shapes; None for other leaves.
 
-    most: 2 for batch and sequence, 1 for the batch alone, 0 for none.
+    most: 2 for batch and sequence, 1 for the batch alone, 0 for none.  channels_first: numbers, among the tensors, of those
+    that are [B, C, T].
     """
     leaves, structure = pytree.tree_flatten_with_path(given)
     tensors = [value for _, value in leaves if isinstance(value, torch.Tensor)]
@@ -67,6 +68,8 @@ def symbolic_axes(given: Any, most: int = 2) -> Any:
         _axes(pytree.keystr(path), value, lengths) if isinstance(value, torch.Tensor) else None
         for path, value in leaves
     ]
+    for n in channels_first:
+        axes[[m for m, (_, value) in enumerate(leaves) if isinstance(value, torch.Tensor)][n]] = [0, 2]
     kept = [None if a is None else dict.fromkeys((x for x in a if most == 2 or x < most), Dim.AUTO) for a in axes]
     return pytree.tree_unflatten(kept, structure)
 

@@ -103,6 +103,25 @@ class TiedRows(nn.Module):
         return torch.einsum("bhij,brjhd->brihd", p, v).reshape(x.shape)
 
 
+class ChannelsFirst(nn.Module):
+    """Signals as [batch, channels, length], heads counted with the batch, the root of the scale on both sides (ADM)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(4, WIDTH),
+            nn.Conv1d(WIDTH, 3 * WIDTH, 1),
+            nn.Conv1d(WIDTH, WIDTH, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, t = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b * HEADS, 3 * SIZE, t).split(SIZE, dim=1)
+        scale = SIZE**-0.25
+        p = torch.einsum("bct,bcs->bts", q * scale, k * scale).float().softmax(dim=-1)
+        return x + self.out(torch.einsum("bts,bcs->bct", p.to(v.dtype), v).reshape(b, -1, t))
+
+
 def queries_and_masks(batch: int, time: int) -> tuple[Tensor, ...]:
     return torch.randn(5, batch, WIDTH), torch.randn(time, batch, WIDTH), torch.rand(batch * HEADS, 5, time) > 0.5
 
@@ -125,5 +144,6 @@ CASES = (
         dialects=("export", "verified", "dynamo")),
     Case("masked queries", MaskedQueries, queries_and_masks, (HEADED | {"mask": "opaque"},)),
     Case("pair bias", PairBias, residues, (HEADED | {"mask": "full", "biases": 2},)),
+    Case("channels first", ChannelsFirst, lambda b, t: (torch.randn(b, WIDTH, t),), ({"head_dim": SIZE, "scale": SIZE**-0.5},)),
     Case("tied rows", TiedRows, lambda b, t: (torch.randn(b, 5, t, WIDTH),), (), ("",), dialects=("export", "verified", "dynamo")),
 )  # fmt: skip
