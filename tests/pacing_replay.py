@@ -1,7 +1,8 @@
 """Replays recorded drafts through a pacing under given costs of passes: whole generations are judged in milliseconds.
 
 `drafts.json` is written by benchmarks/record_drafts.py from SmolLM2 and the default drafter: per group and prompt, for every
-token, the values of the drafted nodes in percent and the numbers of those that turned out right.
+token, the values of the drafted nodes in percent and the numbers of those that turned out right.  It verifies sixteen nodes at
+every token, so that the drafter knows more there than it would in use.
 """
 
 from __future__ import annotations

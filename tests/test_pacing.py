@@ -23,7 +23,7 @@ LINEAR = table({1: 1, 16: 16})
 """One on which verifying never pays."""
 
 
-@pytest.mark.parametrize(("costs", "mean", "worst"), [(FLAT, 1.3, 0.98), (STEEP, 1.05, 0.93), (LINEAR, 0.94, 0.83)])
+@pytest.mark.parametrize(("costs", "mean", "worst"), [(FLAT, 1.3, 0.98), (STEEP, 1.05, 0.93), (LINEAR, 0.9, 0.75)])
 def test_recorded_generations_gain_where_they_can_and_lose_little_elsewhere(costs, mean: float, worst: float) -> None:
     pacing = MeasuredPacing()
     gains = [gain(pacing, generations, costs, n) for n, generations in enumerate(recorded().values())]
@@ -65,6 +65,15 @@ def test_costs_are_learnt_through_noise_and_growing_contexts(seed: int, slope: f
         assert abs(math.log(costs.of(width) / costs.of(1) / true[width])) < 0.1 + noise
 
 
+def test_a_plain_pass_comes_now_and_then_so_that_costs_can_be_compared() -> None:
+    """Drafts of one width for ever would never show what that width costs."""
+    pacing = MeasuredPacing()
+    for _ in range(60):
+        (tree,) = pacing.cut([star([99] * 15 if pacing.allowance(1) else [])])
+        pacing.record([tree], len(tree), LINEAR(len(tree)))
+    assert pacing.costs.of(16) > 6
+
+
 def test_costs_between_known_widths_lie_between_theirs() -> None:
     costs = PassCosts.measured((2.0, 2.2, 3.0, 4.0, 8.0))
     assert costs.of(1) == pytest.approx(1.0)
@@ -93,7 +102,8 @@ def test_rests_double_until_a_draft_pays() -> None:
             resting = 0
         (tree,) = pacing.cut([star([90] * 15 if allowed else [])])
         pacing.record([tree], 1, FLAT(len(tree)))
-    assert rests[:4] == [REST, 2 * REST, 4 * REST, 8 * REST]
+    long = [rest for rest in rests if rest >= REST]  # the others are single plain passes
+    assert long[:4] == [REST, 2 * REST, 4 * REST, 8 * REST]
     assert max(rests) <= LONGEST
     while pacing.allowance(1) == 0:
         pacing.record([star([])], 1, 1.0)

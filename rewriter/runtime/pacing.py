@@ -17,6 +17,8 @@ LOSS = 4.0
 """Passes of one token that speculation may lose in all before drafting rests; what was won before is not counted against it."""
 IDLE = 8
 """Passes in a row without a draft that was worth its cost, after which drafting rests."""
+SOON, SELDOM = 2, 64
+"""Wide passes in a row after which one is plain, so that their costs can be compared: first, and at last."""
 DOUBT = 0.02
 """How far one pass moves the trust in the drafter's values."""
 REST, LONGEST = 16, 256
@@ -69,11 +71,13 @@ class MeasuredPacing:
     _lost: float = 0.0
     _idle: int = 0
     _rest: int = 0
+    _wide: int = 0
+    _most_wide: int = SOON
     _pause: int = REST
 
     def allowance(self, rows: int) -> int:
-        """Nodes that each of `rows` live rows may draft now; 0 while drafting rests."""
-        return 0 if self._rest > 0 else max(0, self.most // rows - 1)
+        """Nodes that each of `rows` live rows may draft now; 0 while drafting rests, and for a plain pass now and then."""
+        return 0 if self._rest > 0 or self._wide >= self._most_wide else max(0, self.most // rows - 1)
 
     def cut(self, trees: Sequence[DraftTree | None]) -> list[DraftTree | None]:
         """The trees with the nodes that pay; trees without values and drawn ones stay whole."""
@@ -101,6 +105,9 @@ class MeasuredPacing:
         live = [tree for tree in trees if tree is not None]
         fed, rows = sum(map(len, live)), len(live)
         self.costs.learn(fed, seconds)
+        if self._wide >= self._most_wide:
+            self._most_wide = min(SELDOM, 2 * self._most_wide)
+        self._wide = self._wide + 1 if fed > rows else 0
         if self._rest > 0:
             self._rest -= emitted
             return
