@@ -222,8 +222,8 @@ def length(bench: Bench) -> None:
 def alone(bench: Bench) -> None:
     """A batch that shares nothing: with and without looking for it."""
     pairs = []
-    ids = torch.randint(100, 49000, (8, 256), generator=bench.generator)
-    for n in range(2 * bench.asked.rounds + 1):
+    ids = torch.randint(100, 49000, (8, 64 if bench.asked.quick else 256), generator=bench.generator)
+    for n in range(max(8, 2 * bench.asked.rounds)):
         sides = [bench.run(ids, 8, share).total for share in ((True, False) if n % 2 else (False, True))]
         pairs.append(sides[0] / sides[1] if n % 2 else sides[1] / sides[0])
     print(

@@ -22,6 +22,7 @@ from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.pacing import MOST, MeasuredPacing, Pacing
 from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
+from subquad.runtime.scoring import score_rows
 from subquad.runtime.sharing_plan import SharingPlan
 from subquad.runtime.speculation import Ending, Pass, speculate
 from subquad.runtime.state import DecoderState, select
@@ -170,6 +171,18 @@ class Decoder:
             pacing=pacing if pacing is not None else self._measured(min(most, MOST), drafter),
         )  # fmt: skip
         return _and_then(passes, stepper.keep)
+
+    def score(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, start: Sequence[int], share: bool = True,
+        on_sharing: Callable[[SharingPlan], None] = lambda plan: None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Log-probabilities, in fp32 at least, of each row's tokens from its column start[b] on, given all tokens before.
+
+        ids: int64 [B, T], padding (attention_mask 0) at either end.  start: columns count without padding, from 1 on: where an
+        answer begins behind its question.  What rows have in common before that is computed once, as for `decode`.
+        Raises GenerationError for a start outside its row, and for a mask with holes.
+        """
+        return score_rows(self.engine, ids, attention_mask, start, share, on_sharing)
 
     def drafter(self, speculation: LoopRewrite) -> Drafter:
         """The drafter of a way to speculate; it is kept, so that what it learns serves later calls."""

@@ -265,3 +265,29 @@ def test_a_batch_that_shares_nothing_runs_as_before(fast: Any, monkeypatch: pyte
     ids = torch.randint(3, 60, (3, 30), generator=torch.Generator().manual_seed(0))
     fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert "leading tokens in common" in fast.generate.sharing.why_not
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_answers_are_scored_as_alone(kind: str, left: bool) -> None:
+    one = made(kind)
+    questions = [[5 + (3 * n) % 29 for n in range(50)], [7 + (5 * n) % 23 for n in range(44)]]
+    answers = [[9], [9, 8, 3], [4, 4], [9, 8, 7, 6]]
+    rows = [question + answer for question in questions for answer in answers] + [[3, 4]]
+    start = [len(question) for question in questions for _ in answers] + [1]
+    seen: list[SharingPlan] = []
+    found = one.score(*padded(rows, left), start=start, on_sharing=seen.append)
+    for row, first, scores in zip(rows, start, found, strict=True):
+        want = alone(one, row).log_softmax(-1)[first - 1 : -1].gather(1, torch.tensor(row[first:])[:, None])[:, 0]
+        assert (scores - want).abs().max() < EXACT
+    assert seen[0].sharing is not None
+    assert seen[0].computed <= 49 + 43 + 8 + 20 + 2
+    plain = one.score(*padded(rows, left), start=start, share=False)
+    assert all((a - b).abs().max() < EXACT for a, b in zip(found, plain, strict=True))
+    for wrong in (0, 51):
+        with pytest.raises(GenerationError, match="cannot be scored from column"):
+            one.score(*padded(rows, left), start=[wrong, *start[1:]])
+    ids, mask = padded(rows, left)
+    mask[0, mask[0].nonzero()[4]] = 0
+    with pytest.raises(GenerationError, match="hidden columns inside row 0"):
+        one.score(ids, mask, start=[2, *start[1:]])

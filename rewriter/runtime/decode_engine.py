@@ -112,11 +112,15 @@ class DecodeEngine:
         """Whether rows of a state may share keys and values."""
         return "branch" in self.eager
 
-    def branch(self, state: DecoderState, ids: Tensor, widths: Sequence[int]) -> Tensor:
+    def branch(
+        self, state: DecoderState, ids: Tensor, widths: Sequence[int], wanted: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
         """Append the first widths[b] of ids [B, w] to each row b, and return the logits [B, vocabulary] behind its last one.
 
-        The rows have no columns of their own yet, what they share aside.  No row has padding; what stands behind a row's
-        tokens is of no account, and neither are the logits of a row that gets none.  Raises GenerationError as `run` does.
+        wanted: for each row (first, last) of its tokens in ids behind which logits are wanted, instead; they come one row
+        after the other.  The rows have no columns of their own yet, what they share aside.  No row has padding; what stands
+        behind a row's tokens is of no account, and neither are the logits of a row that gets none.  Raises GenerationError
+        as `run` does.
         """
         with torch.inference_mode():
             total = max(length + width for length, width in zip(state.lengths, widths, strict=True))
@@ -129,6 +133,11 @@ class DecodeEngine:
                 self.layout, state, Tokens(ids, columns, nodes.expand(batch, width), None, real, total, width)
             )
             ends = torch.arange(batch, device=state.device) * width + (given - 1).clamp_min(0)
+            if wanted is not None:
+                places = [
+                    row * width + place for row, (first, last) in enumerate(wanted) for place in range(first, last + 1)
+                ]
+                ends = torch.tensor(places, device=state.device)
             logits = _execute(self.eager["branch"], inputs, self.layout, state, ids.shape, True, ends=ends)
             state.lengths = [length + more for length, more in zip(state.lengths, widths, strict=True)]
             state.recurrence = state.recurrence._replace(columns=tuple(state.lengths))
@@ -215,8 +224,8 @@ def _execute(
 ) -> Tensor:  # fmt: skip
     """Logits [B, w or 1, V] of a pass of this shape [B, w]; the recurrent states become those after it.
 
-    streams: receives the stream [B, w, ...] behind the last attention.  ends: int64 [B], the place of each row's last token
-    among all tokens of the pass, where it is not the last column's.
+    streams: receives the stream [B, w, ...] behind the last attention.  ends: int64 [n], the places among all tokens of the
+    pass of those whose logits [n, 1, V] are wanted, where they are not the last column's.
     """
     schedule, tensors = chosen.schedule, _named_states(layout, state)
     stream, *sides = chosen.entry([*(shared[name] for name in chosen.reads), *chosen.entry_weights])
@@ -227,7 +236,7 @@ def _execute(
             if streams is not None:
                 streams.append(_by_row(stream, shape))
             if last_only:
-                stream, kept = _last(stream, shape, ends), (shape[0], 1)
+                stream, kept = _last(stream, shape, ends), (shape[0] if ends is None else len(ends), 1)
         if n in skip and n < schedule.tail:
             continue
         outputs = runner([stream, *(sides[i] for i in used), *weights, *(tensors[name] for name in names)])
@@ -239,7 +248,7 @@ def _execute(
     if streams == []:
         streams.append(_by_row(stream, shape))
     if last_only and kept == shape and ends is not None:
-        stream, kept = _last(stream, shape, ends), (shape[0], 1)
+        stream, kept = _last(stream, shape, ends), (len(ends), 1)
     stream = _by_row(stream, kept)
     return stream[:, -1:] if last_only else stream
 

@@ -84,8 +84,10 @@ class SortedRows:
         return Sharing(self.order, self.place, self.begin, shared, tuple(nodes), _by_level(nodes, batch))
 
 
-def sorted_rows(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None, own: int = 1) -> SortedRows:
-    """Sort the rows of ids [B, T]; arguments as those of find_sharing.
+def sorted_rows(
+    ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None, own: int | Tensor = 1
+) -> SortedRows:
+    """Sort the rows of ids [B, T]; arguments as those of find_sharing, own int64 [B] where rows differ.
 
     The longest common prefixes of neighbours then hold the whole compressed trie (Kasai et al. 2001, intervals of the array
     of longest common prefixes).
@@ -100,7 +102,7 @@ def sorted_rows(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = N
     rows, length = rows.index_select(0, order), length.index_select(0, order)
     place = torch.empty_like(order)
     place[order] = torch.arange(batch)
-    free = (length - own).clamp_min(0).tolist()
+    free = (length - (own if isinstance(own, int) else own.index_select(0, order))).clamp_min(0).tolist()
     return SortedRows(order, place, begin, _neighbours(rows, lead), free, length.tolist())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -29,11 +30,14 @@ def run_shared(
     sharing: Sharing,
     room: int,
     cache: KnownPrefixes | None = None,
+    begin: Sequence[int] | None = None,
 ) -> tuple[Tensor, DecoderState, int]:
     """Logits [B, V] behind the last tokens of ids [B, T], the state behind them, both in the order of `sharing`, and how many
     tokens were run.
 
-    mask [B, T]: zero for padding, which is left out.  room: new tokens of a row that there shall be room for.
+    mask [B, T]: zero for padding, which is left out.  room: new tokens of a row that there shall be room for.  begin: for each
+    row of the batch its first column behind which logits are wanted, on to its last but one; they are no one's to share, and
+    come row after row in the order of `sharing`.
     """
     rows = rows_in_order(ids, mask, sharing)
     known = [KnownPrefix(()) if cache is None else cache.known(row) for row in rows]
@@ -73,7 +77,11 @@ def run_shared(
         )
         for row, n in enumerate(numbers):
             tree.fill(n, state, row)
-    logits, state = _run(engine, tree, above, [row[end:] for row, end in zip(rows, ends, strict=True)], room)
+    own = [row[end:] for row, end in zip(rows, ends, strict=True)]
+    wanted = None
+    if begin is not None:
+        wanted = [(begin[b] - ends[n], len(own[n]) - 2) for n, b in enumerate(sharing.order.tolist())]
+    logits, state = _run(engine, tree, above, own, room, wanted)
     return logits, state, ran
 
 
@@ -85,12 +93,13 @@ def rows_in_order(ids: Tensor, mask: Tensor | None, sharing: Sharing) -> list[Te
 
 
 def _run(
-    engine: DecodeEngine, tree: KeyTree, above: list[int | None], runs: list[Tensor], room: int
-) -> tuple[Tensor, DecoderState]:
+    engine: DecodeEngine, tree: KeyTree, above: list[int | None], runs: list[Tensor], room: int,
+    wanted: list[tuple[int, int]] | None = None,
+) -> tuple[Tensor, DecoderState]:  # fmt: skip
     """The runs of tokens, each behind a node."""
     widths = [int(run.shape[0]) for run in runs]
     state = tree.rows(above, max(widths) + room)
     block = torch.zeros(len(runs), max(widths), dtype=torch.int64, device=engine.device)
     for row, run in enumerate(runs):
         block[row, : widths[row]] = run
-    return engine.branch(state, block, widths), state
+    return engine.branch(state, block, widths, wanted), state

@@ -73,13 +73,15 @@ class SharingPlan:
         }
 
 
-def plan_sharing(ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None) -> SharingPlan:
+def plan_sharing(
+    ids: Tensor, mask: Tensor | None = None, keys: Tensor | None = None, own: int | Tensor = 1
+) -> SharingPlan:
     """The tree of prefixes of ids [B, T] that makes the prompt cheapest; arguments as those of find_sharing."""
     batch, width = ids.shape
     if batch < 2:
         return SharingPlan(batch, ids.numel(), ids.numel(), None, "there is one row")
     try:
-        found = sorted_rows(ids.cpu(), None if mask is None else mask.cpu(), keys)
+        found = sorted_rows(ids.cpu(), None if mask is None else mask.cpu(), keys, own)
     except ValueError:
         return SharingPlan(batch, ids.numel(), ids.numel(), None, "the attention mask hides columns inside a row")
     tokens = sum(found.length)

@@ -319,5 +319,5 @@ def _index(state: DecoderState, rows: Sequence[int]) -> Tensor:
 
 
 def _selected(recurrence: Recurrence, rows: Sequence[int], index: Tensor) -> Recurrence:
-    sites = tuple(tuple(t.index_select(0, index) for t in site) for site in recurrence.sites)
+    sites = tuple(tuple(t.index_select(0, index.to(t.device)) for t in site) for site in recurrence.sites)
     return Recurrence(tuple(recurrence.columns[row] for row in rows), sites)
