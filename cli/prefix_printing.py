@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 if TYPE_CHECKING:
-    from subquad.runtime.sharing_plan import SharingPlan
+    from subquad.batch_generation import SharingPlan
 
 SHOWN = 48
 """Characters of a prefix's text that are shown."""
