@@ -132,7 +132,10 @@ class _Exporting:
         except Exception:  # as it was then: the second axes fixed
             return None
         found = [shape_of(node) or () for node in other.graph.graph.nodes if node.op == "placeholder"]
-        return other if all(fixed_size(found[n][2]) is None for n in turned) else None
+        if any(fixed_size(found[n][2]) is not None for n in turned):
+            return None
+        other.notes[:0] = [note for note in capture.notes if note not in other.notes]
+        return other
 
     def _attempt(self, axes: int, reads: ValueReads | None, channels_first: frozenset[int] = frozenset()) -> Capture:
         bound = {key: value for key, value in self.kwargs.items() if not _tensors(value)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.runtime.prefix_tree import Sharing, SortedRows, sorted_rows
 
 PASS = 48
-"""Tokens in the time of which one more pass over the network reads its weights (measured on two cores in fp32)."""
+"""Tokens in the time of which one more pass over the network reads its weights (an estimate for two cores in fp32)."""
 LEVELS = 3
 """Most levels of a tree."""
 LEAST = 16
@@ -20,7 +20,7 @@ GAIN = 0.95
 """Share of the tokens of a padded batch above which nothing is shared."""
 WORTH = 2**27
 """Bytes of keys and values that a decoding step must save before it does without compiled programs; those read them in the
-time that the operations between attention lose when they run one by one (measured on two cores)."""
+time that the operations between attention lose when they run one by one (an estimate for two cores)."""
 
 
 @dataclass(frozen=True)
