@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
-    """The operand as [B, T, H, D]; one that all rows share is expanded to the batch of the site's output."""
+    """The operand as [B, T, H, D]; what all rows share, or all positions or heads of the queries, is expanded to the output's sizes."""
     node = operand.node
     for axis, sizes in reversed(operand.packed):
         node = emitter.call(aten.unflatten.int, node, axis, [size(emitter, s) for s in sizes])
@@ -42,11 +42,12 @@ def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
     for place, group in enumerate(groups):
         if not group:
             node = emitter.call(aten.unsqueeze.default, node, place)
-    if not groups[0] and site.out_axes[0]:
-        shape = unpacked_shape(shape_of(site.out) or (), site.packed)
-        rows = size(emitter, math.prod(shape[axis] for axis in site.out_axes[0]))
-        node = emitter.call(aten.expand.default, node, [rows, -1, -1, -1])
-    return node
+    shape = unpacked_shape(shape_of(site.out) or (), site.packed)
+    sizes: list[Any] = [-1] * 4
+    for place in (0, 1, 2) if operand is site.q else (0,):
+        if not groups[place] and site.out_axes[place]:
+            sizes[place] = size(emitter, math.prod(shape[axis] for axis in site.out_axes[place]))
+    return node if sizes == [-1] * 4 else emitter.call(aten.expand.default, node, sizes)
 
 
 def restored(emitter: Emitter, node: Node, site: Site) -> Node:
