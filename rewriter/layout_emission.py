@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
-    """The operand as [B, T, H, D]; what all rows share, or all positions or heads of the queries, is expanded to the output's sizes."""
+    """The operand as [B, T, H, D]; what rows share, or positions or heads of the queries, gets the output's sizes."""
     node = operand.node
     for axis, sizes in reversed(operand.packed):
         node = emitter.call(aten.unflatten.int, node, axis, [size(emitter, s) for s in sizes])

@@ -122,6 +122,19 @@ class ChannelsFirst(nn.Module):
         return x + self.out(torch.einsum("bts,bcs->bct", p.to(v.dtype), v).reshape(b, -1, t))
 
 
+class OverStreams(nn.Module):
+    """One learned query, the same at all positions, over the residual streams of each (attention over depth)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        streams = F.layer_norm(torch.stack([x, y, z], -2), (WIDTH,))
+        query = self.query.view(-1, WIDTH).expand(*streams.shape[:-2], -1, -1)
+        return F.scaled_dot_product_attention(query, streams, streams).squeeze(-2)
+
+
 def queries_and_masks(batch: int, time: int) -> tuple[Tensor, ...]:
     return torch.randn(5, batch, WIDTH), torch.randn(time, batch, WIDTH), torch.rand(batch * HEADS, 5, time) > 0.5
 
@@ -145,5 +158,7 @@ CASES = (
     Case("masked queries", MaskedQueries, queries_and_masks, (HEADED | {"mask": "opaque"},)),
     Case("pair bias", PairBias, residues, (HEADED | {"mask": "full", "biases": 2},)),
     Case("channels first", ChannelsFirst, lambda b, t: (torch.randn(b, WIDTH, t),), ({"head_dim": SIZE, "scale": SIZE**-0.5},)),
+    Case("over streams", OverStreams, lambda b, t: tuple(torch.randn(b, t, WIDTH) for _ in range(3)),
+        ({"head_dim": WIDTH, "mask": "full", "biases": 0},), quick=("export", "dynamo")),
     Case("tied rows", TiedRows, lambda b, t: (torch.randn(b, 5, t, WIDTH),), (), ("",), dialects=("export", "verified", "dynamo")),
 )  # fmt: skip
