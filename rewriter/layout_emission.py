@@ -43,11 +43,11 @@ def canonical(emitter: Emitter, operand: Operand, site: Site) -> Node:
         if not group:
             node = emitter.call(aten.unsqueeze.default, node, place)
     shape = unpacked_shape(shape_of(site.out) or (), site.packed)
-    sizes: list[Any] = [-1] * 4
+    wide: list[Any] = [-1] * 4
     for place in (0, 1, 2) if operand is site.q else (0,):
         if not groups[place] and site.out_axes[place]:
-            sizes[place] = size(emitter, math.prod(shape[axis] for axis in site.out_axes[place]))
-    return node if sizes == [-1] * 4 else emitter.call(aten.expand.default, node, sizes)
+            wide[place] = size(emitter, math.prod(shape[axis] for axis in site.out_axes[place]))
+    return node if wide == [-1] * 4 else emitter.call(aten.expand.default, node, wide)
 
 
 def restored(emitter: Emitter, node: Node, site: Site) -> Node:
