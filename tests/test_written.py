@@ -48,6 +48,7 @@ BOTH = frozenset(
         "patch attention",
         "object queries",
         "memory keys, causal",
+        "over streams",
         "router",
     ]
 )
