@@ -34,6 +34,10 @@ WAYS = ("rewrite", "dynamo", "core", "inductor")
 """What each architecture goes through beyond recognition; Inductor's patterns are counted in the eager spelling alone."""
 
 
+EACH = 40
+"""Architectures that a process examines before a fresh one takes its place, since each leaves modules and caches behind."""
+
+
 class _Late(BaseException):
     """The time limit of one architecture has passed."""
 
@@ -98,13 +102,15 @@ def outcomes(entries: list[zoo.Architecture], arguments: argparse.Namespace) -> 
             yield examine(entry, arguments.limit, tuple(arguments.ways))
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=60) as pool:
-        waiting = {pool.submit(examine, e, arguments.limit, tuple(arguments.ways)): e for e in entries}
-        for done in as_completed(waiting):
-            try:
-                yield done.result()
-            except BrokenProcessPool:
-                yield [{"name": waiting[done].name, "spelling": "", "late": 0}]
+    for first in range(0, len(entries), EACH * arguments.processes):
+        with ProcessPoolExecutor(arguments.processes, context) as pool:
+            slice_ = entries[first : first + EACH * arguments.processes]
+            waiting = {pool.submit(examine, e, arguments.limit, tuple(arguments.ways)): e for e in slice_}
+            for done in as_completed(waiting):
+                try:
+                    yield done.result()
+                except BrokenProcessPool:
+                    yield [{"name": waiting[done].name, "spelling": "", "late": 0}]
 
 
 def run_zoo(arguments: argparse.Namespace) -> None:
