@@ -13,37 +13,19 @@
 #endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include "vectors.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 32;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, REGISTERS = 16;
-#else
-constexpr int LANES = 4, REGISTERS = 32;
-#endif
+constexpr int REGISTERS = LANES == 8 ? 16 : 32;
 constexpr int SUMS = REGISTERS / 2;       // sums of one tile, rows times columns; the other registers hold what is multiplied
 constexpr int MOST = SUMS / 2;            // rows of a tile at most
 constexpr int64_t AHEAD = 16 * 1024;      // bytes before they are read, weights are fetched into the second cache
 constexpr int64_t SHARES = 8;             // shares of the weight that a thread takes one after another
 constexpr int64_t SERIAL = 32 * 1024;     // weights below which a second thread costs more than it brings
 
-typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Shorts __attribute__((vector_size(LANES * 2)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(BFloat16 value) {
-  uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
 
 inline void narrow(float value, float& result) { result = value; }
 

@@ -9,35 +9,16 @@
 
 #include <omp.h>
 
+#include "vectors.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
 constexpr int WIDEST = 3;        // vectors of query rows at once: eight keys' sums of three fill the registers (six of four spill)
 constexpr int64_t BLOCK = 64;    // keys whose scores are held at once
 constexpr int64_t SHARES = 4;    // tasks for each thread
 constexpr int64_t LEAST = 128;   // keys of a task at least
 
-typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Words __attribute__((vector_size(LANES * 4)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(BFloat16 value) {
-  uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
 
 inline Floats load(const float* from) {
   Floats result;

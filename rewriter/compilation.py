@@ -71,7 +71,7 @@ def _sources() -> str:
         here.parent.parent / "compile_worker.py",
         here.parent.parent / "lowering.py",
         here.parent.parent / "native_library.py",
-        *sorted(p for p in Path(subquad.kernels.__file__).parent.iterdir() if p.suffix in (".py", ".cpp")),
+        *sorted(p for p in Path(subquad.kernels.__file__).parent.iterdir() if p.suffix in (".py", ".cpp", ".h")),
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 

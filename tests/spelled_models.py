@@ -23,6 +23,14 @@ def tiny_llama(layers: int = 2, implementation: str = "sdpa", **overrides: Any) 
     return LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
 
 
+def sharp_llama(layers: int) -> Any:
+    """The same with logits twenty times as far apart, so that rounding decides no token."""
+    model = tiny_llama(layers)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
 class CausalBufferAttention(nn.Module):
     """Fused projection, a causal buffer of its own, masked_fill with -inf."""
 

@@ -57,7 +57,7 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) 
         "/".join((*package.split("."), path.name))
         for package, folder in tree().items()
         for path in folder.iterdir()
-        if path.suffix in (".py", ".cpp")
+        if path.suffix in (".py", ".cpp", ".h")
     } | {"subquad/py.typed"}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == expected
