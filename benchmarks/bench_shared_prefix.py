@@ -11,6 +11,7 @@ import machine
 import torch
 import torch.nn.functional as F
 
+from subquad.compilation import native_forms
 from subquad.kernels import SoftmaxSpec, ancestors, softmax_attention, tree_mask
 
 SIZE = 64
@@ -152,6 +153,7 @@ def main() -> None:
     rounds = arguments.rounds
     wanted = lambda name: arguments.only in (None, name)  # noqa: E731
     torch.manual_seed(0)
+    native_forms(build=True)
     print(machine.line())
     print("| case | peer ms | ours ms | peer / ours |\n|---|---|---|---|")
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from few_shot import few_shot
 
 import subquad
+from subquad.compilation import native_forms
 from subquad.incremental import Decoder, decoder
 from subquad.ir.draft import DraftTree
 from subquad.runtime.prefix_tree import find_sharing
@@ -63,6 +64,7 @@ class Bench:
         self.peer = AutoModelForCausalLM.from_pretrained(subquad.demo_weights(), dtype=dtype).eval()
         model = AutoModelForCausalLM.from_pretrained(subquad.demo_weights(), dtype=dtype).eval()
         self.made: Decoder = decoder(subquad.rewrite(model, passes="fuse", verify=False))
+        native_forms(build=True)
         if not arguments.no_compile:
             self.made.compile()
         self.generator = torch.Generator().manual_seed(1)

@@ -60,33 +60,6 @@ inline To read(const From* from) {
   return result;
 }
 
-template <int STRIDE, size_t... LANE>
-inline Floats join(Floats a, Floats b, std::index_sequence<LANE...>) {
-  return __builtin_shufflevector(a, b, (LANE & STRIDE ? LANES + (LANE ^ STRIDE) : LANE)...) +
-         __builtin_shufflevector(a, b, (LANE & STRIDE ? LANES + LANE : LANE ^ STRIDE)...);
-}
-
-// Sums over the lanes of as many vectors as there are lanes: halves are added until one vector holds them all, in order.
-template <int STRIDE = LANES / 2>
-inline Floats sums(Floats* values) {
-#pragma GCC unroll 8
-  for (int k = 0; k < STRIDE; k++)
-    values[k] = join<STRIDE>(values[k], values[k + STRIDE], std::make_index_sequence<LANES>());
-  if constexpr (STRIDE > 1) return sums<STRIDE / 2>(values);
-  else return values[0];
-}
-
-// The sum of one vector, in the order of `sums`.
-inline float sum(Floats values) {
-  float lanes[LANES];
-  std::memcpy(lanes, &values, sizeof lanes);
-#pragma GCC unroll 8
-  for (int stride = LANES / 2; stride > 0; stride /= 2)
-#pragma GCC unroll 8
-    for (int k = 0; k < stride; k++) lanes[k] += lanes[k + stride];
-  return lanes[0];
-}
-
 // How STEP weights and STEP numbers of a row meet: a row is kept as X, both are read into vectors and added to a sum in fp32.
 template <typename T>
 struct Form;

@@ -1,6 +1,7 @@
 // Panels: query rows in vector lanes that read keys and values as they are stored, block by block, with a running softmax.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int WIDEST = 3;        // vectors of query rows at once: eight keys' sums of three fill the registers (six of four spill)
 constexpr int64_t BLOCK = 64;    // keys whose scores are held at once
+constexpr int64_t DEPTH = 32;    // numbers of a head that one sum adds up
 
 typedef int32_t Words __attribute__((vector_size(LANES * 4)));
 
@@ -45,54 +47,86 @@ inline Floats exponential(Floats x) {
   return x == x ? result : x;
 }
 
-// C[m][lanes] (+)= sum over i of a[m * row + i * step] * b[i][lanes], for ROWS rows and VECTORS vectors of lanes.
-template <int ROWS, int VECTORS, bool ADD>
+// tanh x: by e^-2|x|, and near 0, where that cancels, by x + x^3 P(x^2) (the polynomial of Cephes' tanhf, |x| < 0.625).
+inline Floats tangent(Floats x) {
+  const Floats size = x < 0.0f ? -x : x, e = exponential(size * -2.0f), far = (1.0f - e) / (1.0f + e), z = x * x;
+  Floats p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return size < 0.625f ? p * z * x + x : (x < 0.0f ? -far : far);
+}
+
+// C[m][lanes] (+)= sum over i of a[m * row + i * step] * b[i][lanes], for M rows and VECTORS vectors of lanes.  The sum starts
+// at zero, so that rounding grows with the depth of one product only.
+template <int M, int VECTORS, bool ADD>
 inline void tile(const float* a, int64_t row, int64_t step, int64_t depth, const float* b, int64_t width, float* c) {
-  Floats total[ROWS][VECTORS];
+  Floats total[M][VECTORS];
 #pragma GCC unroll 8
-  for (int m = 0; m < ROWS; m++)
+  for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int n = 0; n < VECTORS; n++) total[m][n] = ADD ? load(c + m * width + n * LANES) : Floats{};
+    for (int n = 0; n < VECTORS; n++) total[m][n] = Floats{};
   for (int64_t i = 0; i < depth; i++) {
     Floats right[VECTORS];
 #pragma GCC unroll 8
     for (int n = 0; n < VECTORS; n++) right[n] = load(b + i * width + n * LANES);
 #pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) {
+    for (int m = 0; m < M; m++) {
       const float left = a[m * row + i * step];
 #pragma GCC unroll 8
       for (int n = 0; n < VECTORS; n++) total[m][n] += left * right[n];
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < ROWS; m++)
+  for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int n = 0; n < VECTORS; n++) store(c + m * width + n * LANES, total[m][n]);
+    for (int n = 0; n < VECTORS; n++) {
+      float* place = c + m * width + n * LANES;
+      store(place, ADD ? load(place) + total[m][n] : total[m][n]);
+    }
 }
 
 template <int VECTORS, bool ADD>
 void product(
     const float* a, int64_t row, int64_t step, int64_t rows, int64_t depth, const float* b, int64_t width, float* c) {
-  constexpr int ROWS = LANES == 8 ? 4 : 8;
+  constexpr int M = LANES == 8 ? 4 : 8;
   int64_t m = 0;
-  for (; m + ROWS <= rows; m += ROWS) tile<ROWS, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
+  for (; m + M <= rows; m += M) tile<M, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
   for (; m < rows; m++) tile<1, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
 }
+
+// Which keys of a block each query row sees: row r's bytes start at rows[r]; null shows all.
+struct Seen {
+  const uint8_t* const* rows;
+  int64_t start;
+  bool hides(int64_t row, int64_t key) const { return !rows[row][start + key]; }
+};
 
 // A panel of query rows, one in each lane: queries [K, width], outputs [V, width] not yet divided, the largest score of each
 // row and the sum of its weights.
 struct Panel {
   int64_t vectors, width;
   float *queries, *outputs, *top, *total;
+  int64_t first, rows;  // the rows of the panel among those of its task, which only `seen` needs
 
   template <int VECTORS>
   void add(const float* k, int64_t k_slot, const float* v, int64_t v_slot, int64_t keys, int64_t dim, int64_t out,
-           float* scores) {
-    product<VECTORS, false>(k, k_slot, 1, keys, dim, queries, width, scores);
+           float* scores, float cap, const Seen* seen) {
+    product<VECTORS, false>(k, k_slot, 1, keys, std::min(dim, DEPTH), queries, width, scores);
+    for (int64_t i = DEPTH; i < dim; i += DEPTH)
+      product<VECTORS, true>(k + i, k_slot, 1, keys, std::min(dim - i, DEPTH), queries + i * width, width, scores);
+    if (cap > 0)
+      for (int64_t n = 0; n < keys * width; n += LANES) store(scores + n, tangent(load(scores + n)) * cap);
+    if (seen)
+      for (int64_t lane = 0; lane < rows; lane++)
+        for (int64_t key = 0; key < keys; key++)
+          if (seen->hides(first + lane, key)) scores[key * width + lane] = -INFINITY;
     for (int n = 0; n < VECTORS; n++) {
       float* column = scores + n * LANES;
       Floats before = load(top + n * LANES), high = before;
       for (int64_t key = 0; key < keys; key++) high = larger(high, load(column + key * width));
+      store(top + n * LANES, high);
+      high = high > -INFINITY ? high : Floats{};
       Floats sum = {};
       for (int64_t key = 0; key < keys; key++) {
         Floats weight = exponential(load(column + key * width) - high);
@@ -100,7 +134,6 @@ struct Panel {
         sum += weight;
       }
       Floats shrink = exponential(before - high);
-      store(top + n * LANES, high);
       store(total + n * LANES, load(total + n * LANES) * shrink + sum);
       for (int64_t d = 0; d < out; d++) {
         float* place = outputs + d * width + n * LANES;
@@ -111,11 +144,11 @@ struct Panel {
   }
 
   void add(const float* k, int64_t k_slot, const float* v, int64_t v_slot, int64_t keys, int64_t dim, int64_t out,
-           float* scores) {
+           float* scores, float cap = 0, const Seen* seen = nullptr) {
     switch (vectors) {
-      case 1: return add<1>(k, k_slot, v, v_slot, keys, dim, out, scores);
-      case 2: return add<2>(k, k_slot, v, v_slot, keys, dim, out, scores);
-      case 3: return add<3>(k, k_slot, v, v_slot, keys, dim, out, scores);
+      case 1: return add<1>(k, k_slot, v, v_slot, keys, dim, out, scores, cap, seen);
+      case 2: return add<2>(k, k_slot, v, v_slot, keys, dim, out, scores, cap, seen);
+      case 3: return add<3>(k, k_slot, v, v_slot, keys, dim, out, scores, cap, seen);
     }
   }
 };

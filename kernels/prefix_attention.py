@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.kernels.prefix_native import prefix_attention_native
 from subquad.kernels.segments import Segment
 from subquad.kernels.softmax_cpu import segment_state
+from subquad.kernels.softmax_native import MOST_ROWS, Stored, add_stored, fits, pairs_seen
 from subquad.kernels.softmax_partial import partial
 from subquad.kernels.softmax_torch import softmax_attention_torch
 from subquad.kernels.spec import SoftmaxSpec
@@ -39,18 +39,44 @@ def prefix_attention_forward(
     predicate = Predicate(what.mask, q.shape[0], q.shape[2], q.shape[1], q_positions, operands, scalars)
     whole = o.to(lse.dtype, copy=True, memory_format=torch.contiguous_format)
     known = lse.clone(memory_format=torch.contiguous_format)
-    if prefix_attention_native(q, k, v, nodes, whole, known, what):
-        return whole.to(q.dtype)
+    native: list[Stored] = []
+    fitting = known.dtype == torch.float32 and fits(q, k, v)
     for slot, length, column, first, rows in nodes.tolist():
         stored, below = slice(slot, slot + length), slice(first, first + rows)
         key, value = k[None, stored], v[None, stored]
+        if fitting and rows * q.shape[1] * q.shape[2] // k.shape[1] <= MOST_ROWS:
+            part = _stored(q, key, value, column, below, predicate)
+            if part is not None:
+                native.append(part)
+                continue
         plain = what.mask is None and q.device.type == "cpu"
         found = partial(q[below], key, value, what, None, None) if plain else None
         found = found or _masked(q, key, value, column, below, what, predicate)
-        if found is None:
-            continue
-        whole[below], known[below] = merge(whole[below], known[below], *found)
+        if found is not None:
+            whole[below], known[below] = merge(whole[below], known[below], *found)
+    if native:
+        add_stored(q, native, whole, known, what)
     return whole.to(q.dtype)
+
+
+def _stored(q: Tensor, k: Tensor, v: Tensor, column: int, below: slice, predicate: Predicate) -> Stored | None:
+    """A node as the C++ form takes it; None where its mask tells heads apart."""
+    first, rows = below.start, below.stop - below.start
+    if predicate.mask is None:
+        return Stored(k, v, first, rows, True)
+    segment = _segment(q.shape[0], k, v, column)
+    if predicate.over(segment)[1]:
+        return Stored(k, v, first, rows, True)
+    shown = pairs_seen(segment, predicate)
+    if shown is None:
+        return None
+    shown = shown.expand(q.shape[0], q.shape[1], -1)[below].contiguous()
+    return Stored(k, v, first, rows, True, visible=shown)
+
+
+def _segment(batch: int, k: Tensor, v: Tensor, column: int) -> Segment:
+    """A node as a segment that every row of the batch reads."""
+    return Segment(k, v, torch.zeros(batch, dtype=torch.int64), 0, column, None, None)
 
 
 def _masked(
@@ -66,8 +92,7 @@ def _masked(
             predicate.scalars, spec.json(),
         )  # fmt: skip
         return found[0][below], found[1][below]
-    read = torch.zeros(batch, dtype=torch.int64)
-    state = segment_state(q, Segment(k, v, read, 0, column, None, None), spec, predicate, None)
+    state = segment_state(q, _segment(batch, k, v, column), spec, predicate, None)
     return None if state is None else (state[0][below], state[1][below])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from subquad.kernels.segments import Segment, check, segments
 from subquad.kernels.sharing import Run, runs
+from subquad.kernels.softmax_native import Stored, add_stored, stored_segment
 from subquad.kernels.softmax_partial import partial
 from subquad.kernels.softmax_pieces import pieces, slots_of, take, trimmed, visible_parts
 from subquad.kernels.softmax_torch import compute_dtype, finish
@@ -42,13 +43,22 @@ def softmax_attention_cpu(
     parts = segments(k, v, rows, lengths, positions)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     state: tuple[Tensor, Tensor] | None = None
+    native: list[Stored] = []
     for whole in parts if q.numel() else []:
         for part in visible_parts(trimmed(whole), predicate):
+            stored = stored_segment(q, part, predicate) if bias is None else None
+            if stored is not None and (not native or native[0].k.dtype == stored.k.dtype):
+                native.append(stored)
+                continue
             found = segment_state(q, part, what, predicate, slots_of(bias, part))
             if found is not None:
                 state = found if state is None else merge(state[0].to(state[1].dtype), state[1], *found)
     if state is None:
-        state = q.new_zeros(batch, q_len, heads, v[0].shape[3]), _nothing(q)
+        dtype = torch.float32 if native else q.dtype
+        state = torch.zeros(batch, q_len, heads, v[0].shape[3], dtype=dtype), _nothing(q)
+    if native:
+        state = state[0].to(torch.float32).contiguous(), state[1].to(torch.float32).contiguous()
+        add_stored(q, native, *state, what)
     o, lse = finish(*state, parts, sinks, what)
     return o.to(q.dtype), lse
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import subquad.codegen
 import subquad.kernels  # noqa: F401  (registers the operators, so that saved graphs load)
+from subquad.kernels.native_code import provide_loader
 
 if TYPE_CHECKING:
     from subquad.application import restore
@@ -70,6 +71,14 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
+
+
+def _native_forms() -> None:
+    """Load the C++ forms of operators, if this machine's cache has them."""
+    importlib.import_module("subquad.compilation").native_forms()
+
+
+provide_loader(_native_forms)
 
 
 def __dir__() -> list[str]:

@@ -125,9 +125,17 @@ def compile_orders(
             next(compiled)
             done += 1
             report(done, len(paths))
-        if _library_path().exists():
-            native_library.load(_library_path())
+        native_forms()
         yield name, {o.program.key: load_package(paths[o]) for o in orders}
+
+
+def native_forms(build: bool = False) -> bool:
+    """Load the C++ forms of operators from the private cache; False where it has none.  build: compile them (10 s)."""
+    path = _library_path()
+    if not path.exists() and not (build and native_library.build(path)):
+        return False
+    native_library.load(path)
+    return True
 
 
 def _library_path() -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def native_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ forms of operators, built once."""
+    from subquad import native_library
+
+    path = tmp_path_factory.mktemp("native") / "forms.so"
+    if not native_library.build(path):
+        pytest.skip("no C++ compiler")
+    return path
+
+
+@pytest.fixture(params=["torch", "native"])
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test runs without the C++ forms of operators, and with them."""
+    from subquad import native_library
+    from subquad.kernels import native_code
+
+    before = list(native_code._loaded)
+    native_code._loaded.clear()
+    native_code._loader.clear()
+    if request.param == "native":
+        native_library.load(request.getfixturevalue("native_path"))
+    yield request.param
+    native_code._loaded[:] = before
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The C++ projection inside a compiled program: every row count, odd sizes, both dtypes, against float64."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +21,12 @@ ROWS = (1, 2, 3, 4, 5, 8, 11, 16)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+def run(
+    tmp_path_factory: pytest.TempPathFactory, native_path: Path
+) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
     """A program of two projections per case: of 2x with a bias, and of x without."""
     folder = tmp_path_factory.mktemp("native")
-    library = folder / "narrow_linear.so"
-    if not native_library.build(library):
-        pytest.skip("no C++ compiler")
-    native_library.load(library)
+    native_library.load(native_path)
     graph = torch.fx.Graph()
     names = [[graph.placeholder(f"{kind}_{n}") for n in range(len(CASES))] for kind in ("x", "weight", "bias")]
     linear = torch.ops.subquad.narrow_linear.default

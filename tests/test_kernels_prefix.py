@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from subquad import native_library
-from subquad.kernels import SoftmaxSpec, native_code, prefix_attention
-from subquad.kernels.prefix_native import prefix_attention_native
+from subquad.kernels import SoftmaxSpec, prefix_attention
+from subquad.kernels.softmax_native import Stored, add_stored, fits
 
 TREE = [(0, 67, 0, 0, 5), (67, 40, 67, 1, 3), (107, 1, 67, 4, 1), (108, 129, 107, 1, 2)]
 """Three levels over five rows: row 0 reads one node, rows 1 and 2 three."""
 COLUMNS = [67, 236, 236, 107, 68]
-
-
-@pytest.fixture(params=["torch", "native"])
-def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    before = list(native_code._loaded)
-    native_code._loaded.clear()
-    if request.param == "native":
-        path = tmp_path_factory.getbasetemp() / "prefix_native.so"
-        if not path.exists() and not native_library.build(path):
-            pytest.skip("no C++ compiler")
-        native_library.load(path)
-    yield request.param
-    native_code._loaded[:] = before
 
 
 def drawn(
@@ -76,12 +61,17 @@ def test_trees_and_head_sizes(form: str, sizes: tuple[int, int, int, int], width
     shared = (case["q"], case["k"], case["v"], case["nodes"])
     at = torch.tensor(COLUMNS)[:, None].expand(5, width) + 6
     got = prefix_attention(*shared, at, *state, [], [], spec.json())
-    assert (got - want).abs().max() < 2e-6
+    assert (got - want).abs().max() < 1e-6
     if form == "native":
         mine = (state[0].clone(), state[1].clone())
-        assert prefix_attention_native(*shared, *mine, spec)
-        assert (mine[0] - want).abs().max() < 2e-6
-        assert (mine[1] - want_lse).abs().max() < 2e-6  # the same bound as that of the state algebra in float32
+        nodes = [
+            Stored(*(case[name][None, slot : slot + length] for name in "kv"), first, rows, True)
+            for slot, length, _, first, rows in TREE
+        ]
+        assert fits(*shared[:3])
+        add_stored(case["q"], nodes, *mine, spec)
+        assert (mine[0] - want).abs().max() < 1e-6
+        assert (mine[1] - want_lse).abs().max() < 1e-6
 
 
 def test_large_scores_and_equal_scores(form: str) -> None:
@@ -94,7 +84,7 @@ def test_large_scores_and_equal_scores(form: str) -> None:
         got = prefix_attention(
             case["q"], case["k"], case["v"], case["nodes"], at, o.float(), lse.float(), [], [], SoftmaxSpec(1.0).json()
         )
-        assert (got - want).abs().max() < (2e-6 if factor == 0 else 0.05)  # scores of 1e5 are rounded to hundredths
+        assert (got - want).abs().max() < (1e-6 if factor == 0 else 0.05)  # scores of 1e5 are rounded to hundredths
 
 
 def test_bfloat16_rounds_once(form: str) -> None:
@@ -126,7 +116,7 @@ def test_a_window_hides_nodes_and_parts_of_them(form: str) -> None:
             want = torch.einsum(
                 "qhn,nhd->qhd", score.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0), values
             )
-            assert (got[row] - want).abs().max() < 2e-6, window
+            assert (got[row] - want).abs().max() < 1e-6, window
 
 
 def test_strided_keys_and_no_nodes(form: str) -> None:
@@ -136,6 +126,6 @@ def test_strided_keys_and_no_nodes(form: str) -> None:
     k, v = wide[..., :64], wide[..., 64:]
     state = (o.float(), lse.float(), [], [], SoftmaxSpec(0.125).json())
     at = torch.full((5, 1), 300)
-    assert (prefix_attention(case["q"], k, v, case["nodes"], at, *state) - want).abs().max() < 2e-6
+    assert (prefix_attention(case["q"], k, v, case["nodes"], at, *state) - want).abs().max() < 1e-6
     none = prefix_attention(case["q"], k, v, torch.empty(0, 5, dtype=torch.int64), at, *state)
     assert torch.equal(none, o.float())
