@@ -26,6 +26,8 @@ RECURRENCES = {
     "LightNet": RecurrenceSpec(("x",), 0.1, decay="additive", normaliser="none"),
     "Hedgehog": RecurrenceSpec(HEDGEHOG, 0.1),
     "LoLCATs": RecurrenceSpec(HEDGEHOG, 0.125, window=64, sinks=4),
+    "LION": RecurrenceSpec(("relu(x) + 0.1",), 0.1, decay="token", causal=False),
+    "both ways": RecurrenceSpec(("x",), 0.1, decay="channel", normaliser="rms", causal=False),
     "Liger": RecurrenceSpec(("softmax(x)",), 0.125, decay="token", normaliser="none", window=64, branch="convex"),
 }
 SOFTMAXES = {

@@ -9,11 +9,12 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from subquad.codegen.cache import load, store
+from subquad.codegen.running import EVERY_REGISTER, spilled_early
 from subquad.codegen.source import arguments, emit
 from subquad.codegen.text import STRIDE
 from subquad.ir.kernel_spec import KernelSpec
@@ -68,18 +69,25 @@ def build(kernel_spec: KernelSpec) -> BuildReport:
     backend, _, architecture = target.partition(":")
     gpu = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
     options = {"num_warps": kernel_spec.num_warps, "num_stages": kernel_spec.num_stages, "enable_fp_fusion": True}
-    begin = time.perf_counter()
-    compiled = triton.compile(
-        ASTSource(function, signature=signature, constexprs={}, attrs=attributes), target=gpu, options=options
-    )
-    seconds = time.perf_counter() - begin
     kind = "cubin" if backend == "cuda" else "hsaco"
     binary = path.with_suffix(f".{target.replace(':', '_')}.{kernel_spec.hash[:8]}.{kind}")
-    temporary = binary.with_suffix(".partial")
-    temporary.write_bytes(compiled.asm[kind])
-    temporary.replace(binary)
-    registers, spills = _cuda_usage(binary) if backend == "cuda" else _hip_usage(compiled.asm)
-    return BuildReport(binary, compiled.metadata.shared, registers, spills, seconds, SHARED_LIMITS[target])
+
+    def made(extra: dict[str, int]) -> BuildReport:
+        begin = time.perf_counter()
+        text = ASTSource(function, signature=signature, constexprs={}, attrs=attributes)
+        compiled = triton.compile(text, target=gpu, options=options | extra)
+        seconds = time.perf_counter() - begin
+        temporary = binary.with_suffix(".partial")
+        temporary.write_bytes(compiled.asm[kind])
+        temporary.replace(binary)
+        registers, spills = _cuda_usage(binary) if backend == "cuda" else _hip_usage(compiled.asm)
+        return BuildReport(binary, compiled.metadata.shared, registers, spills, seconds, SHARED_LIMITS[target])
+
+    report = made({})
+    if backend == "cuda" and spilled_early(report.registers, report.spills):
+        again = made(EVERY_REGISTER)
+        report = replace(again, seconds=report.seconds + again.seconds)
+    return report
 
 
 def build_all(specs: Sequence[KernelSpec], processes: int | None = None) -> Iterator[BuildReport]:

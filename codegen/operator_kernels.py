@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from subquad.codegen.recurrence_near import TABLES, near_spec
 from subquad.codegen.recurrence_parts import text_width
 from subquad.codegen.recurrence_run import core_spec
 from subquad.codegen.recurrence_template import admits, backward_parts, forward_parts
@@ -20,8 +21,7 @@ DECODE_ROWS = 16
 def operator_kernels(base: KernelSpec) -> list[KernelSpec]:
     """Every kernel of the operator that `base` describes (its part and schedule are ignored), without repetition.
 
-    base.flags: the optional inputs its calls have. Gradients of a recurrence with a window have no kernels: torch computes
-    them.
+    base.flags: the optional inputs its calls have.
     """
     return list(dict.fromkeys(_recurrence(base) if base.op == "recurrence" else _softmax(base)))
 
@@ -46,19 +46,31 @@ def _softmax(base: KernelSpec) -> list[KernelSpec]:
 
 def _recurrence(base: KernelSpec) -> list[KernelSpec]:
     what = RecurrenceSpec.parse(base.operator)
-    found = []
-    if admits(what):
-        flags = (*base.flags, *(("valid",) if what.window else ()))
-        variants = [replace(base, flags=flags), replace(base, flags=(*flags, "state"))]
-        for spec in variants:
-            found += [scheduled(replace(spec, part=part), recurrence_schedule(spec)) for part in forward_parts(what)]
-        if not what.window:
-            found.append(scheduled(replace(base, part="step"), recurrence_schedule(base)))
-    if what.window or not what.causal:
-        return found
+    found: list[KernelSpec] = []
+
+    def add(spec: KernelSpec, parts: tuple[str, ...]) -> None:
+        found.extend(scheduled(replace(spec, part=part), recurrence_schedule(spec)) for part in parts)
+
+    valid = ("valid",) if what.window else ()
+    if admits(what, base.dtype):
+        flags = (*base.flags, *valid, *(() if what.causal else ("raw",)))
+        add(replace(base, flags=flags), forward_parts(what))
+        add(replace(base, flags=(*flags, "state")), forward_parts(what))
+        if not what.causal:
+            add(replace(base, flags=(*base.flags, "reverse")), forward_parts(what))
+        elif not what.window:
+            add(base, ("step",))
+    if what.window:
+        near = KernelSpec(
+            "softmax_attention", near_spec(what).json(), base.dtype, base.key_dim, base.value_dim, flags=("top",),
+            tables=TABLES, target=base.target,
+        )  # fmt: skip
+        found += [scheduled(replace(near, part=part)) for part in ("forward", "grad_queries", "grad_keys")]
     features = sum(text_width(text, base.key_dim, base.feature_dim) for text in what.key_map)
     like = torch.empty(0, dtype=torch.float32 if base.dtype == "float16" else getattr(torch, base.dtype))
-    core = replace(core_spec(what, like, features, base.value_dim, base.flags), target=base.target)
+    flags = tuple({*base.flags, *valid} - {"gate"})
+    core = replace(core_spec(what, like, features, base.value_dim, flags), target=base.target)
     inner = RecurrenceSpec.parse(core.operator)
-    parts = (*forward_parts(inner), *backward_parts(inner))
-    return found + [scheduled(replace(core, part=part), recurrence_schedule(core)) for part in parts]
+    for direction in ((),) if what.causal else ((), ("reverse",)):
+        add(replace(core, flags=(*core.flags, *direction)), (*forward_parts(inner), *backward_parts(inner)))
+    return found

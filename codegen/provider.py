@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from subquad.codegen import recurrence_call, softmax_call
+from subquad.codegen import recurrence_call, softmax_call, tuned
+from subquad.codegen.schedule import Schedule, recurrence_candidates, softmax_candidates
 from subquad.codegen.self_check import TOLERANCE, recurrence_error, softmax_error
 
 _trusted: dict[tuple[Any, ...], bool] = {}
@@ -24,18 +25,47 @@ def provider(operator: str, given: dict[str, Any]) -> Any:
     grads = given.get("grads")
     arguments = {name: value for name, value in given.items() if name != "grads"}
     if operator.startswith("recurrence"):
-        if not (recurrence_call.runs(arguments) if grads is None else recurrence_call.differentiates(arguments)):
+        if not recurrence_call.runs(arguments) or not _trust("recurrence", arguments):
             return None
-        if not _trust("recurrence", arguments):
-            return None
+        _settle_recurrence(arguments, grads)
         if grads is None:
             return recurrence_call.recurrence_forward(arguments)
         return recurrence_call.recurrence_backward(arguments, grads)
     if not softmax_call.runs(arguments) or not _trust("softmax_attention", arguments):
         return None
+    _settle_softmax(arguments, grads)
     if grads is None:
         return softmax_call.softmax_forward(arguments)
     return softmax_call.softmax_backward(arguments, *grads)
+
+
+def _settle_recurrence(given: dict[str, Any], grads: Any) -> None:
+    """Measure the schedules of this call's kernels, unless they were measured on this device before."""
+    spec = recurrence_call.base_spec(given, gradients=grads is not None)
+
+    def run(schedule: Schedule) -> None:
+        if grads is None:
+            recurrence_call.recurrence_forward(given, schedule)
+        else:
+            recurrence_call.recurrence_backward(given, grads, schedule)
+
+    tuned.settle(spec, given["q"].shape[0] * given["q"].shape[1], lambda: recurrence_candidates(spec), run)
+
+
+def _settle_softmax(given: dict[str, Any], grads: Any) -> None:
+    """The same for softmax attention."""
+    spec = softmax_call.base_spec(given, "forward" if grads is None else "grad_keys")
+    batch, length, heads, _ = given["q"].shape
+    tile = length * heads // given["k"][0].shape[2]
+
+    def run(schedule: Schedule) -> None:
+        if grads is None:
+            softmax_call.softmax_forward(given, schedule)
+        else:
+            softmax_call.softmax_backward(given, *grads, schedule=schedule)
+
+    rows = batch * length if tile > 16 else 0
+    tuned.settle(spec, rows, lambda: softmax_candidates(spec, tile), run)
 
 
 def _trust(operator: str, given: dict[str, Any]) -> bool:

@@ -7,12 +7,14 @@ against the derivative of the token-by-token form.
 from __future__ import annotations
 
 from subquad.codegen.recurrence_forward import (
+    BEFORE,
     between,
     chunk_lines,
     element,
     first_only,
+    gate_lines,
     inputs,
-    key_lines,
+    row_lines,
     state_cells,
     sum_cells,
     values_line,
@@ -71,10 +73,7 @@ $begin
 for back in range(0, count):
     i = count - 1 - back
     start = first + i * $chunk
-    local = tl.arange(0, $chunk)
-    rows = start + local
-    row_ok = rows < stop
-    $keys
+    $rows
     $decays
     $keep
     cells = (rows * heads + h)[:, None] * $value_dim + value_columns[None, :]
@@ -130,7 +129,7 @@ def grad_states(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         ]
     body = fill(
         _STATES, value_block=parts.value_block, value_dim=parts.spec.value_dim, chunk=parts.chunk, begin=begin,
-        keys=key_lines(parts), decays=parts.decays(), keep=keep, values=values, advance=advance, end=end,
+        rows=row_lines(parts), decays=parts.decays(), keep=keep, values=values, advance=advance, end=end,
     )  # fmt: skip
     arguments = [*inputs(parts, "q", *(["k"] if parts.delta else [])), ("do_ptr", "*fp32")]
     arguments += [("w_ptr", element(parts)), ("dv_ptr", "*fp32")] if parts.delta else []
@@ -223,11 +222,11 @@ def grad_keys(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     if parts.decay == "channel":
         decays = [
             f"G0 = tl.load(G_ptr + (rows * heads + h)[:, None] * {parts.features} + columns[None, :], mask=tile_ok, other=0.0)",
-            f"last0 = tl.load(G_ptr + ((tl.minimum(start + {parts.chunk}, stop) - 1) * heads + h) * {parts.features} + columns,"
+            f"last0 = tl.load(G_ptr + ({parts.last_row} * heads + h) * {parts.features} + columns,"
             " mask=column_ok, other=0.0)",
         ]
     if parts.decay != "none":
-        is_last = "(rows == tl.minimum(start + $chunk, stop) - 1)".replace("$chunk", str(parts.chunk))
+        is_last = f"(rows == {parts.last_row})"
         total = (
             "tl.exp(last0) * moved + tl.sum(dk_last, axis=0)"
             if parts.decay == "channel"
@@ -342,15 +341,19 @@ def grad_transform(parts: Parts) -> tuple[str, list[Argument], list[str]]:
 def decumulate(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     """dg from the gradient of G: sums from each token to the end of its chunk; 0 for a padded token."""
     channel = parts.decay == "channel"
-    width, place = parts.features, "rows * heads + h"
+    width = parts.features
     columns = [f"columns = tl.program_id(2) * {parts.slice} + tl.arange(0, {parts.slice})"] if channel else []
-    cells = f"({place})[:, None] * {width} + columns[None, :]" if channel else place
     extra = f"[:, None] & (columns < {width})[None, :]" if channel else ""
-    keep = "key_ok[:, None]" if channel else "key_ok"
+
+    def cells(place: str) -> str:
+        return f"({place})[:, None] * {width} + columns[None, :]" if channel else place
+
     body = [
-        *chunk_lines(parts), *columns, f"value = tl.load(dG_ptr + {cells}, mask=row_ok{extra}, other=0.0)",
-        "value = tl.cumsum(value, 0, reverse=True)",
-        f"tl.store(dG_ptr + {cells}, tl.where({keep}, value, 0.0), mask=row_ok{extra})",
+        *chunk_lines(parts), *columns, *gate_lines(parts),
+        f"value = tl.load(dG_ptr + {cells('rows * heads + h')}, mask=row_ok{extra}, other=0.0)",
+        f"value = tl.where(gate_ok{'[:, None]' if channel else ''}, tl.cumsum(value, 0, reverse=True), 0.0)",
+        f"tl.store(dg_ptr + {cells('gate_rows * heads + h')}, value, mask=gate_there{extra})",
     ]  # fmt: skip
     kept = [one for one in inputs(parts) if one[0] != "G_ptr"]
-    return "dg_t = sum of dG over the chunk's tokens from t on", [("dG_ptr", "*fp32"), *kept], body
+    arguments: list[Argument] = [("dG_ptr", "*fp32"), ("dg_ptr", "*fp32"), *kept]
+    return f"dg_t = sum of dG over the chunk's tokens from t on{BEFORE[parts.reverse]}", arguments, body

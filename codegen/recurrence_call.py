@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec
 from subquad.kernels.operator_scope import recording
 from subquad.kernels.recurrence_arguments import differentiable
+from subquad.kernels.recurrence_forms import feature_width
 from subquad.kernels.recurrence_layout import arrange, complete
 
 Arguments = dict[str, Any]
@@ -29,27 +31,37 @@ def runs(given: Arguments) -> bool:
     """True for the calls of the operator that the kernels compute."""
     what = RecurrenceSpec.parse(given["spec"])
     plain = given["q"].shape[1] > 0 and given["q"].dtype == given["k"].dtype == given["v"].dtype
-    packed = given["cu_seqlens"] is not None
-    if not what.causal or (packed and (what.window or what.decay == "additive")):
-        return False
-    return plain and (admits(what) or what.window == 0)
+    return plain and (given["cu_seqlens"] is None or not (what.window or what.decay == "additive"))
 
 
-def differentiates(given: Arguments) -> bool:
-    """True for the calls whose gradients the kernels compute; windows are left to the torch form."""
-    return runs(given) and RecurrenceSpec.parse(given["spec"]).window == 0
+def base_spec(given: Arguments, gradients: bool = False) -> KernelSpec:
+    """The spec of a call's kernels, or of those of its gradients, without optional inputs, part and schedule."""
+    what = RecurrenceSpec.parse(given["spec"])
+    q, value_dim = given["q"], given["v"].shape[3]
+    if gradients or not admits(what, dtype_name(q)):
+        like = q.new_empty(0, dtype=torch.float32 if q.dtype == torch.float16 else q.dtype)
+        return run.core_spec(what, like, feature_width(given), value_dim, ())
+    weights = [*given["feature_q"], *given["feature_k"]]
+    hidden = weights[0].shape[-1] if weights else 0
+    sizes = (q.shape[3], value_dim, hidden)
+    return KernelSpec("recurrence", given["spec"], dtype_name(q), *sizes, target=target_of(q))
 
 
 def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, ...]:
     """Outputs (o, state, window_k, window_v, seen) of the operator."""
     what = RecurrenceSpec.parse(given["spec"])
-    if not admits(what):
+    if not admits(what, dtype_name(given["q"])):
         return composed(given, schedule)
     if what.window:
         return _windowed(given, what, schedule)
     batch, length = given["q"].shape[:2]
     made = _prepared(given, what, schedule, {})
-    if given["cu_seqlens"] is None and length <= STEP and schedule is None:
+    out = made.values["o_ptr"]
+    if not what.causal:
+        made = run.raw(made)
+        run.forward(made)
+        run.forward(run.from_behind(made, out))
+    elif given["cu_seqlens"] is None and length <= STEP and schedule is None:
         _fill_state(made)
         made.run("step")
     else:
@@ -59,7 +71,7 @@ def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tu
     k, v = given["k"], given["v"]
     rows = made.rows.count
     return (
-        made.values["o_ptr"].view(batch, length, *made.values["o_ptr"].shape[1:]),
+        out.view(batch, length, *out.shape[1:]),
         state,
         *empty_windows(k, v, rows),
         seen,
@@ -76,7 +88,7 @@ def recurrence_backward(given: Arguments, grads: Sequence[Tensor], schedule: Sch
             for name, value in given.items()
         }
         inputs = differentiable(fresh)
-        outputs = composed(fresh, schedule)[:2]
+        outputs = composed(fresh, schedule)[:4]
         pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=False) if out.requires_grad]
         found = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, found, strict=True)]
@@ -84,14 +96,10 @@ def recurrence_backward(given: Arguments, grads: Sequence[Tensor], schedule: Sch
 
 def _prepared(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None, extra: dict[str, Any]) -> run.Pass:
     q, k, v = given["q"], given["k"], given["v"]
-    batch, length, heads, width = q.shape
+    batch, length, heads, _ = q.shape
     flags = [name for name in ("valid", "state") if given[name] is not None]
     flags += ["gate"] if what.window and given["window_gate"] is not None else []
-    weights = [*given["feature_q"], *given["feature_k"]]
-    hidden = weights[0].shape[-1] if weights else 0
-    spec = KernelSpec(
-        "recurrence", given["spec"], dtype_name(q), width, v.shape[3], hidden, flags=tuple(flags), target=target_of(q)
-    )
+    spec = replace(base_spec(given), flags=tuple(flags))
     chosen = schedule or recurrence_schedule(spec)
     rows = sequences(given, chosen.chunk)
     values = {"q_ptr": flat(q), "k_ptr": flat(k), "v_ptr": flat(v), "k_heads": k.shape[2], "v_heads": v.shape[2]}

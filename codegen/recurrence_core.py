@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad.codegen import recurrence_run as run
+from subquad.codegen.recurrence_near import near
 from subquad.codegen.recurrence_rows import (
     counted,
     empty_windows,
@@ -17,16 +18,24 @@ from subquad.codegen.recurrence_rows import (
 from subquad.codegen.schedule import Schedule, recurrence_schedule
 from subquad.kernels import RecurrenceSpec
 from subquad.kernels.features import features, normalise, repeat_heads
+from subquad.kernels.recurrence_lanes import ordered
+from subquad.kernels.recurrence_layout import Layout, arrange, complete
 
 Arguments = dict[str, Any]
 
 
 def composed(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, ...]:
-    """The operator's outputs for a recurrence without a window, differentiable in every floating argument.
+    """The operator's outputs, differentiable in every floating argument.
 
-    Feature maps, gates and normaliser are torch; what depends on the order of tokens is in kernels. Memory is O(T F).
+    Feature maps, gates and normaliser are torch; what depends on the order of tokens is in kernels: the recurrence, and
+    the window as softmax attention. Memory is O(T F).
     """
     what = RecurrenceSpec.parse(given["spec"])
+    layout = None
+    if what.window:
+        names = ("q", "k", "v", "valid", "window_k", "window_v", "seen")
+        layout = arrange(*(given[name] for name in names), what)
+        given = given | _far(layout, given, what)
     q, k, v, valid = (given[name] for name in ("q", "k", "v", "valid"))
     batch, length, heads, _ = q.shape
     value_dim = v.shape[3]
@@ -46,7 +55,11 @@ def composed(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor
     decay = given["decay"]
     total = None
     if what.decay == "additive":
-        phi_k, decay, total = additive(phi_k.repeat_interleave(heads // phi_k.shape[2], 2), valid, sums)
+        phi_k = phi_k.repeat_interleave(heads // phi_k.shape[2], 2)
+        if what.causal:
+            phi_k, decay, total = additive(phi_k, valid, sums)
+        else:
+            phi_k, state, total = shares(phi_k, valid, state, sums)
         sums = None
     elif what.decay == "head":
         decay = decay.expand(batch, length, -1)
@@ -69,19 +82,56 @@ def composed(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor
         spec,
         rows,
         chosen,
-        what.normaliser != "none",
+        what.normaliser != "none" or layout is not None,
         mask,
         *(None if x is None else flat(x) for x in tensors),
         state,
         sums,
     )  # type: ignore[no-untyped-call]
-    out = normalise(numerator, mass[..., None] if mass.numel() else numerator[..., :1], what)
-    out = out.view(batch, length, heads, value_dim)
-    if valid is not None:
+    numerator = numerator.view(batch, length, heads, value_dim)
+    denominator = mass.view(batch, length, heads, 1) if mass.numel() else numerator[..., :1]
+    if layout is not None:
+        out = _beside(layout, numerator, denominator, given["window_gate"], what, schedule)
+    else:
+        out = normalise(numerator, denominator, what)
+    if layout is None and valid is not None:
         out = torch.where(valid[:, :, None, None], out, torch.zeros_like(out))
     if what.sums:
         final = torch.cat([final, (final_sum if total is None else total)[..., None]], -1)
+    if layout is not None:
+        return complete(layout, out.to(q.dtype), final, what)
     return out.to(q.dtype), final, *empty_windows(k, given["v"], rows.count), counted(given)
+
+
+def _far(layout: Layout, given: Arguments, what: RecurrenceSpec) -> Arguments:
+    """What the recurrence beside a window reads: under a shared denominator a token's key is the one that leaves its window."""
+    length = layout.q.shape[1]
+    place = torch.arange(length, device=layout.q.device)
+    there = (place < torch.as_tensor(layout.live, device=place.device)).expand(layout.q.shape[0], -1)
+    enters = slice(what.window, None)
+    if what.branch == "shared":
+        enters = slice(0, length)
+        there = there & (layout.past[:, None] - what.window + place >= what.sinks)
+    found: Arguments = {"q": layout.q, "k": layout.keys[:, enters], "v": layout.values[:, enters], "valid": there}
+    gates = {name: given[name] for name in ("decay", "beta")}
+    return found | (gates if layout.order is None else {n: ordered(x, layout.order) for n, x in gates.items()})
+
+
+def _beside(
+    layout: Layout, numerator: Tensor, denominator: Tensor, gate: Tensor | None, what: RecurrenceSpec,
+    schedule: Schedule | None,
+) -> Tensor:  # fmt: skip
+    """The window's softmax and the recurrence's part [B, T, H, V], under one denominator or as a convex sum."""
+    local, weight = near(layout, what, schedule)
+    if gate is None:
+        gamma = torch.full((), 1.0 if what.branch == "shared" else 0.5, device=numerator.device)
+    else:
+        gamma = torch.sigmoid(gate.float())[:, None]
+    if what.branch == "convex":
+        return gamma * local + (1 - gamma) * normalise(numerator, denominator, what)
+    mass = gamma * weight[..., None]
+    total = mass + denominator
+    return (mass * local + numerator) / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def additive(logits: Tensor, valid: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +149,21 @@ def additive(logits: Tensor, valid: Tensor | None, before: Tensor | None) -> tup
     return torch.exp(logits - safe[:, 1:]), gate, safe[:, -1]
 
 
+def shares(
+    logits: Tensor, valid: Tensor | None, state: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(k, state, log sum) of weights exp(logits [B, T, H, F]) that all tokens read: each channel's softmax over time, the
+    state, whose sum is exp(before), among it.
+    """
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, :, None, None], -torch.inf)
+    first = torch.full_like(logits[:, :1], -torch.inf) if before is None else before[:, None].to(logits.dtype)
+    total = torch.logsumexp(torch.cat([first, logits], 1), 1)
+    safe = total.masked_fill(total == -torch.inf, 0.0)
+    state = None if state is None else state * torch.exp(first[:, 0] - safe)[..., None]
+    return torch.exp(logits - safe[:, None]), state, safe
+
+
 class Core(torch.autograd.Function):
     """(numerator [R, H, V], mass [R, H] or empty, final state, its sums or empty) over rows phi(q), phi(k), v, g, beta."""
 
@@ -110,25 +175,28 @@ class Core(torch.autograd.Function):
         heads = q.shape[1]
         values: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_heads": k.shape[1], "v_heads": v.shape[1]}
         values |= {"g_ptr": g, "g_heads": heads, "beta_ptr": None if beta is None else beta.float(), "b_heads": heads}
-        values |= {"valid_ptr": mask, "o_ptr": q.new_empty(rows.total, heads, v.shape[2], dtype=torch.float32)}
-        what = RecurrenceSpec.parse(spec.operator)
-        values["mass_ptr"] = q.new_empty((rows.total, heads) if what.sums else (0,), dtype=torch.float32)
+        values |= {"valid_ptr": mask}
         if state is not None:
             values["state_ptr"] = state.float().contiguous()
             values["state_sum_ptr"] = None if sums is None else sums.float().contiguous()
-        made = run.prepared(spec, rows, schedule, heads, values)
+        made = run.raw(run.prepared(spec, rows, schedule, heads, values))
         needs = wanted or not any(ctx.needs_input_grad)
-        run.forward(made, output=needs)
-        ctx.made = made
-        final = made.values["final_ptr"]
-        return values["o_ptr"], values["mass_ptr"], final, made.values.get("final_sum_ptr", final.new_empty(0))
+        ctx.passes = [made] if made.what.causal else [made, run.from_behind(made)]
+        for one in ctx.passes:
+            run.forward(one, output=needs)
+        found = made.values
+        final = found["final_ptr"]
+        return found["o_ptr"], found["mass_ptr"], final, found.get("final_sum_ptr", final.new_empty(0))
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dmass: Tensor, dfinal: Tensor, dfinal_sum: Tensor) -> tuple[Any, ...]:
-        values = ctx.made.values
-        found = run.backward(ctx.made, do, dmass, dfinal, dfinal_sum)
+        values, first = ctx.passes[0].values, ctx.passes[0]
+        found = run.backward(first, do, dmass, dfinal, dfinal_sum)
+        for other in ctx.passes[1:]:
+            more = run.backward(other, do, dmass, torch.zeros_like(dfinal), torch.zeros_like(dfinal_sum))
+            found |= {name: found[name] + more[name] for name in ("dq", "dk", "dv", "dg") if name in found}
         dk, dv = (grouped(found[name], values[f"{name[1]}_heads"]) for name in ("dk", "dv"))
-        state = found["dinitial"] if "state" in ctx.made.spec.flags else None
+        state = found["dinitial"] if "state" in first.spec.flags else None
         sums = found.get("dinitial_sum") if values.get("state_sum_ptr") is not None else None
         return None, None, None, None, None, found["dq"], dk, dv, found.get("dg"), found.get("dbeta"), state, sums
 

@@ -17,12 +17,13 @@ n = tl.load(owner_ptr + index)
 if n < 0:
     return
 stop = tl.load(bounds_ptr + n + 1)
-start = tl.load(bounds_ptr + n) + (index - tl.load(chunks_ptr + n)) * $chunk
+first = tl.load(bounds_ptr + n)
+start = first + (index - tl.load(chunks_ptr + n)) * $chunk
 """
 _ROWS = """
 local = tl.arange(0, $chunk)
-rows = start + local
-row_ok = rows < stop
+rows = $rows
+row_ok = start + local < stop
 $keys
 """
 _HEAD = """
@@ -33,7 +34,12 @@ v_head = h // (heads // v_heads)
 
 def chunk_lines(parts: Parts) -> list[str]:
     """Lines that find this program's chunk: sequence n, head h, rows start.. below stop."""
-    return fill(_CHUNK + _ROWS + _HEAD, chunk=parts.chunk, keys=key_lines(parts))
+    return [*fill(_CHUNK, chunk=parts.chunk), *row_lines(parts), *fill(_HEAD)]
+
+
+def row_lines(parts: Parts) -> list[str]:
+    """Lines for the chunk's rows, which of them are tokens, and the rows of their keys."""
+    return fill(_ROWS, chunk=parts.chunk, rows=parts.row_of("start + local"), keys=key_lines(parts))
 
 
 def key_lines(parts: Parts) -> list[str]:
@@ -104,19 +110,34 @@ def first_only(ok: str, axis: int) -> str:
 def cumulate(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     """G: running sums of the log decays within each chunk, fp32; a padded token's is 0."""
     channel = parts.decay == "channel"
-    width, place = parts.features, "rows * g_heads + g_head"
+    width = parts.features
     columns = [f"columns = tl.program_id(2) * {parts.slice} + tl.arange(0, {parts.slice})"] if channel else []
-    ok = f"key_ok[:, None] & (columns < {width})[None, :]" if channel else "key_ok"
-    cells = f"({place})[:, None] * {width} + columns[None, :]" if channel else place
-    value = "tl.load(g_ptr + g_head + rows * 0" if parts.what.decay == "head" else f"tl.load(g_ptr + {cells}"
-    out = cells.replace("g_heads", "heads").replace("g_head", "h")
+    beside = f"[:, None] & (columns < {width})[None, :]" if channel else ""
+
+    def cells(place: str) -> str:
+        return f"({place})[:, None] * {width} + columns[None, :]" if channel else place
+
+    place = "g_head + gate_rows * 0" if parts.what.decay == "head" else cells("gate_rows * g_heads + g_head")
     body = [
-        *chunk_lines(parts), *columns, "g_head = h // (heads // g_heads)",
-        f"value = tl.maximum({value}, mask={ok}, other=0.0).to(tl.float32), -100.0)",
-        f"tl.store(G_ptr + {out}, tl.cumsum(value, 0), mask={ok.replace('key_ok', 'row_ok')})",
+        *chunk_lines(parts), *columns, *gate_lines(parts), "g_head = h // (heads // g_heads)",
+        f"value = tl.load(g_ptr + {place}, mask=gate_ok{beside}, other=0.0).to(tl.float32)",
+        f"tl.store(G_ptr + {cells('rows * heads + h')}, tl.cumsum(tl.maximum(value, -100.0), 0), mask=row_ok{beside})",
     ]  # fmt: skip
     arguments: list[Argument] = [("g_ptr", "*fp32"), *inputs(parts), ("g_heads", "i32")]
-    return "G_t = sum of max(g, -100) over the chunk's tokens up to t", arguments, body
+    return f"G_t = sum of max(g, -100) over the chunk's tokens up to t{BEFORE[parts.reverse]}", arguments, body
+
+
+BEFORE = ("", ", itself not")
+"""What a running sum of the reversed tokens leaves out: a token's gate stands between it and those it is read by."""
+
+
+def gate_lines(parts: Parts) -> list[str]:
+    """Lines for the rows of the gates that the running sums take in, which of them are there, and which of these count."""
+    if not parts.reverse:
+        return ["gate_rows, gate_there, gate_ok = rows, row_ok, key_ok"]
+    counts = "(tl.load(valid_ptr + gate_rows, mask=gate_there, other=0) != 0)"
+    valid = f" & {counts}" if "valid" in parts.spec.flags else ""
+    return ["gate_rows = rows + 1", "gate_there = row_ok & (gate_rows < stop)", f"gate_ok = gate_there{valid}"]
 
 
 _PREPARE = """
@@ -236,7 +257,7 @@ def states(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         ]
     body = fill(
         _STATES, value_block=parts.value_block, value_dim=parts.spec.value_dim, chunk=parts.chunk, head=fill(_HEAD),
-        weights=parts.weights("k"), begin=begin, rows=fill(_ROWS, chunk=parts.chunk, keys=key_lines(parts)),
+        weights=parts.weights("k"), begin=begin, rows=row_lines(parts),
         keep=keep, decays=parts.decays(), values=values, advance=advance, end=end,
     )  # fmt: skip
     arguments = inputs(parts, "k", *([] if parts.delta else ["v"]))
@@ -255,23 +276,25 @@ _OUTPUT = """
 $chunk_lines
 value_columns = tl.program_id(2) * $value_block + tl.arange(0, $value_block)
 value_ok = value_columns < $value_dim
+cells = (rows * heads + h)[:, None] * $value_dim + value_columns[None, :]
 $decays
 $weights
-read = tl.zeros([$chunk, $value_block], tl.float32)
-mass = tl.zeros([$chunk], tl.float32)
+read = $read
+mass = $mass
 score = tl.zeros([$chunk, $chunk], tl.float32)
 $blocks
 score = $triangle
 $values
 read += $product
 $finish
-cells = (rows * heads + h)[:, None] * $value_dim + value_columns[None, :]
 tl.store(o_ptr + cells, read, mask=row_ok[:, None] & value_ok[None, :])
 """
 
 
 def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
-    """o of each chunk from the state before it, its own keys, and the window; "raw" leaves out normaliser and scale."""
+    """o of each chunk from the state before it, its own keys, and the window; "raw" leaves out normaliser and scale;
+    "reverse" adds to what the tokens read in the other direction.
+    """
     blocks: list[str] = []
     for block in parts.blocks:
         i = block.index
@@ -296,8 +319,12 @@ def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         finish.append(f"tl.store(mass_ptr + rows * heads + h, mass, mask={first_only('row_ok', 2)})")
     if not raw:
         finish += window_lines(parts) + combine(parts)
+    read, mass = f"tl.zeros([{parts.chunk}, {parts.value_block}], tl.float32)", f"tl.zeros([{parts.chunk}], tl.float32)"
+    if parts.reverse:
+        read = "tl.load(part_ptr + cells, mask=row_ok[:, None] & value_ok[None, :], other=0.0)"
+        mass = "tl.load(part_mass_ptr + rows * heads + h, mask=row_ok, other=0.0)" if parts.sums else mass
     body = fill(
-        _OUTPUT, chunk_lines=chunk_lines(parts), chunk=parts.chunk, value_block=parts.value_block,
+        _OUTPUT, read=read, mass=mass, chunk_lines=chunk_lines(parts), chunk=parts.chunk, value_block=parts.value_block,
         value_dim=parts.spec.value_dim, decays=parts.decays(), weights=parts.weights("q") + parts.weights("k"),
         blocks=blocks, triangle=parts.triangle("score"), values=values, product=parts.dot("score", "values"), finish=finish,
     )  # fmt: skip
@@ -306,6 +333,8 @@ def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     arguments += [("states_ptr", between(parts))] + ([("sums_ptr", "*fp32")] if parts.sums else [])
     arguments += [("mass_ptr", "*fp32")] if raw and parts.sums else []
     arguments += [] if raw else window_arguments(parts)
+    if parts.reverse:
+        arguments += [("part_ptr", "*fp32"), *([("part_mass_ptr", "*fp32")] if parts.sums else [])]
     return (
         "o = (e^G phi(q)) S + tril(phi(q) phi(k)^T e^(G_i - G_j)) values",
         [*arguments, ("o_ptr", "*fp32" if raw else element(parts))],

@@ -157,11 +157,21 @@ class Parts:
         self.chunk = spec.block_q
         self.element = {"float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16"}[spec.dtype]
         cuda = spec.target.startswith("cuda")
-        self.precision = "ieee" if spec.dtype == "float32" or not cuda else "tf32"
-        self.exact = "ieee" if spec.dtype == "float32" or not cuda else "tf32x3"
+        self.precision = "ieee" if not cuda else "tf32x3" if spec.dtype == "float32" else "tf32"
+        self.exact = "ieee" if not cuda else "tf32x3"
         self.value_block = min(pad(spec.value_dim), spec.block_kv)
         self.delta = self.what.update == "delta"
         self.sums = self.what.sums
+        self.reverse = "reverse" in spec.flags
+
+    def row_of(self, place: str) -> str:
+        """The row of the token at `place`, counted from the first row of sequence n in the direction of the pass."""
+        return f"first + stop - 1 - ({place})" if self.reverse else place
+
+    @property
+    def last_row(self) -> str:
+        """The row of the chunk's last token."""
+        return f"({self.row_of(f'(tl.minimum(start + {self.chunk}, stop) - 1)')})"
 
     @property
     def whole_rows(self) -> bool:
@@ -171,7 +181,7 @@ class Parts:
     @property
     def slice(self) -> int:
         """Widest slice of columns of a feature map that acts on each column alone."""
-        return 32 if self.decay == "channel" else 64
+        return 32 if self.decay == "channel" or self.spec.dtype == "float32" else 64
 
     @property
     def rows_of_block(self) -> int:
@@ -255,15 +265,13 @@ class Parts:
         if self.decay == "scalar" and block is None:
             return [
                 "G = tl.load(G_ptr + rows * heads + h, mask=row_ok, other=0.0)",
-                "last = tl.load(G_ptr + (tl.minimum(start + $chunk, stop) - 1) * heads + h)".replace(
-                    "$chunk", str(self.chunk)
-                ),
+                f"last = tl.load(G_ptr + {self.last_row} * heads + h)",
                 "up, down, whole = tl.exp(G), tl.exp(last - G), tl.exp(last)",
             ]
         if self.decay == "channel" and block is not None:
             i, columns = block.index, f"tl.arange(0, {block.pad})"
             place = f"{self.features} + {block.offset} + {columns}"
-            final = f"((tl.minimum(start + {self.chunk}, stop) - 1) * heads + h) * {place}"
+            final = f"({self.last_row} * heads + h) * {place}"
             return [
                 f"G{i} = tl.load(G_ptr + (rows * heads + h)[:, None] * {self.features} + {block.offset} + {columns}[None, :],"
                 f" mask=row_ok[:, None] & ({columns} < {block.width})[None, :], other=0.0)",
@@ -313,8 +321,10 @@ class Parts:
         return self.dot(f"tl.trans({a})", q)
 
     def triangle(self, a: str, strict: bool = False) -> str:
-        """The (strict) lower triangle of a, with scalar decays; the exponent is masked before it is taken."""
-        inside = f"(local[:, None] {'>' if strict else '>='} local[None, :])"
+        """The (strict) lower triangle of a, with scalar decays; the exponent is masked before it is taken. Read from
+        behind it is always strict: a token's own key belongs to the other direction.
+        """
+        inside = f"(local[:, None] {'>' if strict or self.reverse else '>='} local[None, :])"
         if self.decay != "scalar":
             return f"tl.where({inside}, {a}, 0.0)"
         return f"tl.where({inside}, {a}, 0.0) * tl.exp(tl.where({inside}, G[:, None] - G[None, :], float('-inf')))"

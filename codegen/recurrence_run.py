@@ -125,6 +125,24 @@ def forward(made: Pass, output: bool = True) -> None:
             made.run(name)
 
 
+def raw(made: Pass) -> Pass:
+    """The same pass without normaliser and scale: numerator o [R, H, V] and mass [R, H] (empty without sums) in fp32."""
+    mass = made.empty(*((made.rows.total, made.heads) if made.what.sums else (0,)))
+    numerator = made.empty(made.rows.total, made.heads, made.spec.value_dim)
+    spec = replace(made.spec, flags=tuple({*made.spec.flags, "raw"}))
+    return replace(made, spec=spec, values=made.values | {"o_ptr": numerator, "mass_ptr": mass})
+
+
+def from_behind(made: Pass, output: Tensor | None = None) -> Pass:
+    """The pass over the same rows from the last token to the first, which adds to what the raw pass `made` has read: in
+    the same tensors, or with normaliser and scale in `output`.
+    """
+    flags = {*made.spec.flags, "reverse"} - {"state"} - (set() if output is None else {"raw"})
+    values = made.values | {"part_ptr": made.values["o_ptr"], "part_mass_ptr": made.values["mass_ptr"]}
+    values |= {} if output is None else {"o_ptr": output}
+    return prepared(replace(made.spec, flags=tuple(flags)), made.rows, made.schedule, made.heads, values)
+
+
 def backward(made: Pass, do: Tensor, dmass: Tensor | None, dfinal: Tensor, dfinal_sum: Tensor | None) -> Values:
     """Gradients {dq, dk [R, H, F], dv [R, H, V], dg, dbeta, dinitial, dinitial_sum} in fp32 of a raw pass over phi in
     memory after its `forward`, for those of the numerator, the mass and the final state.
@@ -154,19 +172,26 @@ def backward(made: Pass, do: Tensor, dmass: Tensor | None, dfinal: Tensor, dfina
     elif parts.decay == "channel":
         found["dG_ptr"] = made.empty(rows.total, made.heads, features)
     for name in backward_parts(made.what):
+        if name == "decumulate":
+            found["dg_ptr"] = torch.zeros_like(found["dG_ptr"]) if parts.reverse else found["dG_ptr"]
         made.run(name)
         if name == "grad_keys" and parts.decay == "scalar":
             found["dG_ptr"] = found["dG_ptr"].sum(0) if slices > 1 else found["dG_ptr"][0]
-    names = {"dq": "dq_ptr", "dk": "dk_ptr", "dv": "dv_ptr", "dg": "dG_ptr", "dbeta": "dbeta_ptr"}
+    names = {"dq": "dq_ptr", "dk": "dk_ptr", "dv": "dv_ptr", "dg": "dg_ptr", "dbeta": "dbeta_ptr"}
     names |= {"dinitial": "dinitial_ptr", "dinitial_sum": "dinitial_sum_ptr"}
     return {name: found[key] for name, key in names.items() if key in found}
 
 
 def core_spec(what: RecurrenceSpec, like: Tensor, features: int, value_dim: int, flags: tuple[str, ...]) -> KernelSpec:
-    """The spec of a raw pass over phi(q), phi(k) of `features` columns in memory, with the update and decay of `what`."""
-    decay = "channel" if what.decay in ("channel", "additive") else "none" if what.decay == "none" else "token"
+    """The spec of a raw pass over phi(q), phi(k) of `features` columns in memory, with the update and decay of `what`;
+    additive weights are channel decays, or plain shares where all tokens are read.
+    """
+    kinds = {"head": "token", "additive": "channel" if what.causal else "none"}
+    decay = kinds.get(what.decay, what.decay)
     normaliser = "sum" if what.normaliser == "sum" else "none"
-    core = RecurrenceSpec(("x",), 1.0, decay=decay, update=what.update, normaliser=normaliser)  # type: ignore[arg-type]
+    core = RecurrenceSpec(
+        ("x",), 1.0, decay=decay, update=what.update, normaliser=normaliser, causal=what.causal  # type: ignore[arg-type]
+    )  # fmt: skip
     return KernelSpec(
         "recurrence", core.json(), dtype_name(like), features, value_dim, flags=(*flags, "raw"), target=target_of(like)
     )

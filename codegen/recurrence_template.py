@@ -44,10 +44,13 @@ def backward_parts(what: RecurrenceSpec) -> tuple[str, ...]:
     return ("grad_states", "grad_values", "grad_keys", *gates)
 
 
-def admits(what: RecurrenceSpec) -> bool:
-    """True for the recurrences whose feature maps the kernels compute themselves; others get phi from memory."""
-    maps = all(printable(text) for text in (*what.feature_map, *what.key_map))
-    return what.causal and what.decay != "additive" and maps
+def admits(what: RecurrenceSpec, dtype: str) -> bool:
+    """True for the recurrences whose feature maps (and window) the kernels compute themselves; others get phi from memory,
+    in fp32 also those that would keep a whole matrix of weights, or the window's keys too, as parts of operands.
+    """
+    texts = (*what.feature_map, *what.key_map)
+    large = what.window > 0 or any("@" in text for text in texts)
+    return what.decay != "additive" and all(map(printable, texts)) and not (dtype == "float32" and large)
 
 
 def arguments(spec: KernelSpec) -> list[Argument]:
@@ -69,6 +72,7 @@ def source(spec: KernelSpec) -> str:
         f"phi(x) = [{', '.join(what.feature_map)}]{keys}; decay {what.decay}, update {what.update}, normaliser"
         f" {what.normaliser}{near}.\n"
         f"Rows of all sequences lie one after the other; a chunk has {parts.chunk} rows, G sums the log decays within it."
+        + (" Tokens are read from the last to the first." if parts.reverse else "")
     )
     helpers = FEATURE_HELPERS + parts.helpers() + (absorb_helper(parts) if spec.part == "output" else "")
     return kernel_file(header, helpers, listed, body)
@@ -78,7 +82,7 @@ def _written(spec: KernelSpec) -> tuple[str, list[Argument], list[str]]:
     if spec.part not in WRITERS:
         raise ValueError(f"KernelSpec.part is {spec.part!r}; a recurrence has {', '.join(WRITERS)}.")
     parts = Parts(spec)
-    if not admits(parts.what):
+    if not admits(parts.what, spec.dtype):
         raise ValueError(
             f"The recurrence {spec.operator} has no Triton template of its own; its kernels take phi(q) and phi(k) from memory."
         )

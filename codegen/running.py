@@ -12,13 +12,30 @@ from subquad.codegen.cache import load, store
 from subquad.codegen.source import arguments, emit
 from subquad.ir.kernel_spec import KernelSpec
 
+EVERY_REGISTER = {"maxnreg": 255}
+"""The option that lets a thread have all the registers there are."""
+
+_large: set[KernelSpec] = set()
+
 
 def launch(spec: KernelSpec, values: dict[str, Any], grid: tuple[int, ...]) -> None:
     """Run the kernel of `spec` on `values` by argument name; an empty grid runs nothing."""
     if not all(grid):
         return
     function, names = _imported(spec)
-    function[grid](*(values[name] for name in names), num_warps=spec.num_warps, num_stages=spec.num_stages)
+    extra = EVERY_REGISTER if spec in _large else {}
+    made = function[grid](
+        *(values[name] for name in names), num_warps=spec.num_warps, num_stages=spec.num_stages, **extra
+    )
+    if spec.target.startswith("cuda") and spilled_early(getattr(made, "n_regs", None), getattr(made, "n_spills", None)):
+        _large.add(spec)
+
+
+def spilled_early(registers: int | None, spills: int | None) -> bool:
+    """True for a kernel that was made to spill although a thread may have more registers: the assembler wanted one more
+    program per processor. Such a kernel is built again, with EVERY_REGISTER.
+    """
+    return bool(spills) and registers is not None and registers < 255
 
 
 @functools.lru_cache(maxsize=1024)

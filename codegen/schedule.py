@@ -16,6 +16,14 @@ SOFTMAX_REGISTERS = 130
 """The same for softmax kernels, whose tiles of pointers take more of the rest."""
 
 
+SPLIT = 6
+"""What operands in fp32 cost beside those in bf16: two parts of twice the width, each kept for every product it enters."""
+
+
+REPEATING = ("output", "grad_values")
+"""Kernels that compute the scores again for every block of values, so that more warps come before smaller blocks."""
+
+
 WAVES = 4
 """Most waves of 64 of a program on AMD: with more, each may use half as many registers."""
 
@@ -76,7 +84,7 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
     if part == "output" and parts.what.window:
         found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
     found = 2 * found + 8 * rows if channel and found else found
-    return 2 * found if parts.spec.dtype == "float32" else found
+    return SPLIT * found if parts.spec.dtype == "float32" else found
 
 
 def recurrence_schedule(spec: KernelSpec) -> Schedule:
@@ -89,33 +97,29 @@ def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
     """Schedules worth measuring, the model's choice first.
 
     Bytes of states between chunks fall with the chunk, operations within chunks grow with it (F V / C against C (F + V)
-    per token), so that chunks near sqrt(F V) are best; two-level decays double the work within a chunk and fp32 operands the
-    registers, so that both get half.  A chunk whose kernels do not all fit the registers of the spec's target comes last.
+    per token), so that chunks near sqrt(F V) are best; two-level decays double the work within a chunk and get half of it,
+    operands in fp32 a quarter.  A longer chunk, or one whose kernels do not all fit the registers of the spec's target,
+    comes last.
     """
     parts = Parts(replace(spec, part="states"))
-    longest = 32 if parts.decay == "channel" or spec.dtype == "float32" else 64
-    sizes = [
-        size
-        for size in (64, 32, 16)
-        if size <= min(longest, max(16, pad(int((parts.features * spec.value_dim) ** 0.5))))
-    ]
-    fitted = [_fitted(parts, chunk) for chunk in sizes]
-    return [schedule for schedule, fits in sorted(fitted, key=lambda one: not one[1])]
+    longest = 16 if spec.dtype == "float32" else 32 if parts.decay == "channel" else 64
+    best = max(16, pad(int((parts.features * spec.value_dim) ** 0.5)))
+    fitted = [_fitted(parts, chunk) for chunk in (64, 32, 16) if chunk <= best]
+    fitted.sort(key=lambda one: one[0].chunk > longest or not one[1])
+    return [schedule for schedule, _ in fitted]
 
 
 def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:
     """The schedule of a chunk, and whether the registers hold what its kernels keep."""
     special, fits = [], True
     for part in RECURRENCE_PARTS:
-        options = [(block, warps) for warps in (4, 8) for block in (64, 32) if block == 64 or "states" in part]
-        options.sort(key=lambda option: (option[1], -option[0]) if "states" not in part else (-option[0], option[1]))
-        fitting = [
-            o
-            for o in options
-            if live_values(part, parts, chunk, min(o[0], pad(parts.spec.value_dim))) <= REGISTERS * 32 * o[1]
-        ]
+        options = [(block, warps) for warps in (4, 8) for block in (64, 32, 16)]
+        if part in REPEATING:
+            options.sort(key=lambda option: -option[0])
+        width = pad(parts.spec.value_dim)
+        fitting = [o for o in options if live_values(part, parts, chunk, min(o[0], width)) <= REGISTERS * 32 * o[1]]
         fits = fits and bool(fitting)
-        special.append((part, fitting[0] if fitting else (32 if "states" in part else 64, 8)))
+        special.append((part, fitting[0] if fitting else options[-1]))
     return Schedule(chunk, 64, 4, tuple(special)), fits
 
 
@@ -130,10 +134,11 @@ def softmax_schedule(spec: KernelSpec, rows: int) -> Schedule:
 def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
     """Schedules worth measuring, the model's choice first: tiles whose accumulators fit the registers."""
     key, value = pad(spec.key_dim), pad(spec.value_dim)
+    tried = [(128, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 8), (32, 32, 8)]
     if rows <= 16 and spec.part == "forward":
-        return [Schedule(16, 64, 4)]
+        tried = [(16, 64, 4), (16, 32, 4)]
     found = []
-    for block_q, block_kv, warps in ((128, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 8), (32, 32, 8)):
+    for block_q, block_kv, warps in tried:
         kept = {
             "forward": block_q * value,
             "grad_queries": block_q * (key + value),

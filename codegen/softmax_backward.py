@@ -24,6 +24,7 @@ $restrict
 weight = tl.exp2(tl.where(seen, score - lse[:, None], float("-inf")))
 dweight = $dweight
 dscore = weight * (dweight - delta[:, None])
+$top
 $bias
 $slope
 """
@@ -36,6 +37,7 @@ grad = tl.load(do_ptr + cell[:, None] * $value_dim + value_columns[None, :],
 lse = tl.load(lse_ptr + cell, mask=row_ok, other=0.0) * $log2e
 lse = tl.where(lse == float("-inf"), 0.0, lse)
 delta = tl.load(delta_ptr + cell, mask=row_ok, other=0.0)
+$largest
 """
 _KEY_TILES = """
 keys = tl.load(k_ptr + (b * k_stride_b + slots * k_stride_t + kv_head * k_stride_h)[:, None] + key_columns[None, :],
@@ -137,15 +139,22 @@ def _holes(parts: SoftmaxParts, bias: list[str]) -> dict[str, str | int | list[s
     sizes: dict[str, str | int | list[str]] = {
         "key_dim": spec.key_dim, "value_dim": spec.value_dim, "log2e": repr(LOG2E), "scale": repr(parts.what.scale),
     }  # fmt: skip
+    largest = [
+        "top_slot = tl.load(slot_ptr + cell, mask=row_ok, other=-1)",
+        "dtop = tl.load(dtop_ptr + cell, mask=row_ok, other=0.0)",
+    ]
+    rows = fill(_ROW_TILES, **sizes, largest=largest if parts.has("top") else [])
     weights = fill(
         _WEIGHTS, pair=parts.dot("query", "tl.trans(keys)"), modify=modify,
         live=[f"seen &= ({live} != 0)[None, :]"] if parts.has("live") else [], restrict=parts.restricted(always, names),
         dweight=parts.dot("grad", "tl.trans(values)"), bias=bias,
+        top=["dscore += tl.where(seen & (slots[None, :] == top_slot[:, None]), dtop[:, None], 0.0)"]
+        if parts.has("top") else [],
         slope=[] if parts.what.softcap is None else ["dscore = dscore * slope"],
     )  # fmt: skip
     return sizes | {
         "block_q": spec.block_q, "block_kv": spec.block_kv, "key_pad": parts.key_pad, "value_pad": parts.value_pad,
-        "index": index, "slots": slots, "maybe": maybe, "row_tiles": fill(_ROW_TILES, **sizes),
+        "index": index, "slots": slots, "maybe": maybe, "row_tiles": rows,
         "key_tiles": fill(_KEY_TILES, **sizes), "weights": weights,
     }  # fmt: skip
 
@@ -162,4 +171,5 @@ def _arguments(parts: SoftmaxParts) -> list[Argument]:
             found += [(f"{flag}_ptr", kind), (f"{flag}_stride_b", "i64"), (f"{flag}_stride_h", "i64")]
     if parts.has("bias"):
         found += [("bias_ptr", "*fp32"), *((f"bias_stride_{axis}", "i64") for axis in "bhqk")]
+    found += [("slot_ptr", "*i32"), ("dtop_ptr", "*fp32")] if parts.has("top") else []
     return [*found, *parts.arguments()]

@@ -27,31 +27,63 @@ def runs(given: Arguments) -> bool:
     return len(kinds) == 1 and given["q"].numel() > 0 and all(x.numel() for x in given["k"])
 
 
-def softmax_forward(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, Tensor]:
-    """(o, lse) of the operator: each segment is read where it lies, partial states are merged."""
+def base_spec(given: Arguments, part: str = "forward") -> KernelSpec:
+    """The spec of a call's kernels, without optional inputs and schedule."""
+    q = given["q"]
+    return KernelSpec(
+        "softmax_attention", given["spec"], dtype_name(q), q.shape[3], given["v"][0].shape[3], part=part,
+        tables=tuple("int8" if operand.dtype == torch.bool else "int64" for operand in given["operands"]),
+        target=target_of(q),
+    )  # fmt: skip
+
+
+def softmax_forward(
+    given: Arguments, schedule: Schedule | None = None, parts: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(o, lse) of the operator: each segment is read where it lies, its keys in at most `parts` parts (by default enough to
+    fill the device), and partial states are merged.
+    """
+    o, lse = _states(given, schedule, parts)
     what = SoftmaxSpec.parse(given["spec"])
+    if given["sinks"] is None and what.empty_rows != "zero":
+        names = ("k", "v", "rows", "lengths", "positions")
+        o, lse = finish(o, lse, segments(*(given[name] for name in names)), None, what)
+    return o.to(given["q"].dtype), lse
+
+
+def softmax_state(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse) of one dense segment with, for each row, the sum of its weights beside a largest of 1 (0 without keys) and
+    the slot of the first largest (-1 without keys), [B, T, H] in fp32 and int32.
+    """
+    q = given["q"]
+    mass = q.new_empty(q.shape[:3], dtype=torch.float32)
+    slot = torch.empty_like(mass, dtype=torch.int32)
+    o, lse = _states(given, schedule, 1, {"mass_ptr": mass, "slot_ptr": slot})
+    return o, lse, mass, slot
+
+
+def _states(
+    given: Arguments, schedule: Schedule | None, most: int | None, largest: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     q, k, v, rows, lengths, positions = (given[name] for name in ("q", "k", "v", "rows", "lengths", "positions"))
     check(q, k, v, rows, lengths, positions)
-    batch, q_len, heads, width = q.shape
+    batch, q_len, heads, _ = q.shape
     kv_heads, value_dim = k[0].shape[2], v[0].shape[3]
-    common = _common(given, what)
-    stored = segments(k, v, rows, lengths, positions)
-    counts = [part.count for part in stored]
+    flags, shared_values = _common(given)
+    base = base_spec(given)
+    counts = [part.count for part in segments(k, v, rows, lengths, positions)]
     plans = []
     for s, count in enumerate(counts):
-        flags, values = _segment(given, s, counts)
-        spec = KernelSpec(
-            "softmax_attention", given["spec"], dtype_name(q), width, value_dim, flags=(*common[0], *flags),
-            tables=common[2], target=target_of(q),
-        )  # fmt: skip
+        own, values = _segment(given, s, counts)
+        if largest is not None:
+            own, values = (*own, "top"), values | largest
+        spec = dataclasses.replace(base, flags=(*flags, *own))
         chosen = schedule or softmax_schedule(spec, q_len * heads // kv_heads)
-        packs, members = (values["packs"], batch) if "shared" in flags else (batch, 1)
+        packs, members = (values["packs"], batch) if "shared" in own else (batch, 1)
         tiles = -(-q_len * (heads // kv_heads) * members // chosen.chunk)
-        splits = (
-            _splits(tiles * kv_heads * packs, count, chosen.block, q)
-            if schedule is None
-            else min(2, -(-count // chosen.block))
-        )
+        splits = min(most or SPLITS, -(-count // chosen.block))
+        if most is None:
+            splits = _splits(tiles * kv_heads * packs, count, chosen.block, q)
         plans.append((spec, values, chosen, (tiles, kv_heads * packs, splits), count))
     parts = sum(grid[2] for *_, grid, _ in plans)
     partial = parts > 1
@@ -63,42 +95,29 @@ def softmax_forward(given: Arguments, schedule: Schedule | None = None) -> tuple
     done = 0
     for spec, values, chosen, grid, count in plans:
         kept = tuple(flag for flag in spec.flags if not (partial and flag == "sinks"))
-        flags = (*kept, *(("partial",) if partial else ()))
-        named = scheduled(dataclasses.replace(spec, flags=flags), chosen)
+        named = scheduled(dataclasses.replace(spec, flags=(*kept, *(("partial",) if partial else ()))), chosen)
         blocks = -(-count // chosen.block)
         each = -(-blocks // grid[2]) * chosen.block
         launch(
             named,
-            common[1] | values | {"o_ptr": some[0], "lse_ptr": some[1], "part0": done, "keys_per_part": each},
+            shared_values | values | {"o_ptr": some[0], "lse_ptr": some[1], "part0": done, "keys_per_part": each},
             grid,
         )
         done += grid[2]
     if partial:
-        flags = ("sinks",) if given["sinks"] is not None else ()
-        spec = KernelSpec(
-            "softmax_attention",
-            given["spec"],
-            dtype_name(q),
-            width,
-            value_dim,
-            part="merge",
-            flags=flags,
-            tables=common[2],
-            target=target_of(q),
-        )
-        values = common[1] | {"partial_ptr": some[0], "partial_lse_ptr": some[1], "o_ptr": o, "lse_ptr": lse}
+        spec = dataclasses.replace(base, part="merge", flags=("sinks",) if given["sinks"] is not None else ())
+        values = shared_values | {"partial_ptr": some[0], "partial_lse_ptr": some[1], "o_ptr": o, "lse_ptr": lse}
         launch(spec, values | {"parts": parts, "cells": lse.numel()}, (lse.numel(),))
-    if given["sinks"] is None and what.empty_rows != "zero":
-        o, lse = finish(o, lse, stored, None, what)
-    return o.to(q.dtype), lse
+    return o, lse
 
 
 def softmax_backward(
     given: Arguments, grad_o: Tensor, grad_lse: Tensor, o: Tensor, lse: Tensor, bias_too: bool = True,
-    schedule: Schedule | None = None,
+    schedule: Schedule | None = None, largest: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients [q, *k, *v, bias with four dimensions if bias_too, sinks if given] from the outputs o and lse; the segments
-    are joined for it.
+    are joined for it. `largest`: the slot of each row's largest score and that score's own gradient, as `softmax_state`
+    gives the first.
     """
     what = SoftmaxSpec.parse(given["spec"])
     q, k, v, rows = given["q"], given["k"], given["v"], given["rows"]
@@ -109,7 +128,7 @@ def softmax_backward(
     delta = (grad_o.float() * o.float().masked_fill(empty[..., None], 0.0)).sum(-1)
     if grad_lse.numel():
         delta = delta - grad_lse.float().masked_fill(empty, 0.0)
-    flags, values, tables = _common(given, what)
+    flags, values = _common(given)
     key, value = _last_contiguous(keys.k), _last_contiguous(keys.v)
     values |= {
         "k_ptr": key,
@@ -126,6 +145,9 @@ def softmax_backward(
         flags = (*flags, "live")
         values |= _per_head("live", keys.live.to(torch.int8), batch, kv_heads)
     flags = tuple(flag for flag in flags if flag != "sinks")
+    if largest is not None:
+        flags = (*flags, "top")
+        values |= {"slot_ptr": largest[0], "dtop_ptr": largest[1].contiguous()}
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     dk = dq.new_empty(batch, count, kv_heads, width)
     dv = dq.new_empty(batch, count, kv_heads, value_dim)
@@ -139,10 +161,7 @@ def softmax_backward(
         flags = (*flags, "grad_bias") if bias_too else flags
         values |= {f"bias_stride_{axis}": 0 if bias.shape[d] == 1 else dbias.stride(d) for d, axis in enumerate("bhqk")}
         values["bias_ptr"] = bias.float().contiguous()
-    spec = KernelSpec(
-        "softmax_attention", given["spec"], dtype_name(q), width, value_dim, part="grad_queries", flags=flags, tables=tables,
-        target=target_of(q),
-    )  # fmt: skip
+    spec = dataclasses.replace(base_spec(given), flags=flags)
     for part in ("grad_queries", "grad_keys"):
         chosen = schedule or softmax_schedule(dataclasses.replace(spec, part=part), q_len)
         values["q_blocks"] = -(-q_len // chosen.chunk)
@@ -184,8 +203,8 @@ def _mean_gradient(grad_o: Tensor, empty: Tensor, live: Tensor | None, like: Ten
     return (shared[:, :, None] * (there / there.sum(-1, keepdim=True).clamp_min(1))[..., None]).transpose(1, 2)
 
 
-def _common(given: Arguments, what: SoftmaxSpec) -> tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]:
-    """(flags, values, table types) that all kernels of a call share."""
+def _common(given: Arguments) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(flags, values) that all kernels of a call share."""
     q, kv_heads = _last_contiguous(given["q"]), given["k"][0].shape[2]
     batch, q_len, heads = q.shape[:3]
     values: dict[str, Any] = {"q_ptr": q} | _strides("q", q)
@@ -204,16 +223,13 @@ def _common(given: Arguments, what: SoftmaxSpec) -> tuple[tuple[str, ...], dict[
         flags.append("q_positions")
         places = given["q_positions"].to(torch.int64).contiguous()
         values |= {"q_positions_ptr": places, "q_positions_stride_b": places.stride(0) if places.shape[0] > 1 else 0}
-    tables = []
     for index, operand in enumerate(given["operands"]):
-        kind = torch.int8 if operand.dtype == torch.bool else torch.int64
-        tables.append("int8" if operand.dtype == torch.bool else "int64")
-        table = torch.atleast_1d(operand.to(kind))
+        table = torch.atleast_1d(operand.to(torch.int8 if operand.dtype == torch.bool else torch.int64))
         values[f"t{index}_ptr"] = table
         values |= {f"t{index}_stride{axis}": table.stride(axis) for axis in range(table.dim())}
         values |= {f"t{index}_size{axis}": size for axis, size in enumerate(table.shape)}
     values |= {f"s{index}": number for index, number in enumerate(given["scalars"])}
-    return tuple(flags), values, tuple(tables)
+    return tuple(flags), values
 
 
 def _segment(given: Arguments, s: int, counts: list[int]) -> tuple[tuple[str, ...], dict[str, Any]]:

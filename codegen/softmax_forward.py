@@ -28,6 +28,7 @@ query = tl.load(q_ptr + (b * q_stride_b + t * q_stride_t + h * q_stride_h)[:, No
 top = tl.full([$block_q], float("-inf"), tl.float32)
 total = tl.zeros([$block_q], tl.float32)
 mixed = tl.zeros([$block_q, $value_pad], tl.float32)
+$top_slot
 first = part * keys_per_part
 for begin in range(first, tl.minimum(first + keys_per_part, kv_len), $block_kv):
     slots = begin + tl.arange(0, $block_kv)
@@ -54,6 +55,7 @@ for begin in range(first, tl.minimum(first + keys_per_part, kv_len), $block_kv):
                          mask=slot_ok[:, None] & (value_columns < $value_dim)[None, :], other=0.0)
         total = total * shrink + tl.sum(weight, axis=1)
         mixed = mixed * shrink[:, None] + $product
+        $track
         top = new_top
 $sink
 empty = total == 0.0
@@ -63,6 +65,7 @@ cell = (((part0 + part).to(tl.int64) * batch + b) * q_len + t) * heads + h
 tl.store(o_ptr + cell[:, None] * $value_dim + value_columns[None, :], mixed / safe[:, None],
          mask=row_ok[:, None] & (value_columns < $value_dim)[None, :])
 tl.store(lse_ptr + cell, lse, mask=row_ok)
+$keep
 """
 
 _SHARED_PACK = """
@@ -139,6 +142,10 @@ def forward(parts: SoftmaxParts) -> tuple[str, list[Argument], list[str]]:
         live=[f"seen &= (slots[None, :] < length{column})"] if parts.has("lengths") else [],
         restrict=parts.restricted(always, names), product=parts.dot("weight.to(values.dtype)", "values"),
         sink=fill(_SINK, log2e=LOG2E) if parts.has("sinks") else [], ln2=repr(1 / LOG2E),
+        top_slot=[f"top_slot = tl.full([{spec.block_q}], -1, tl.int32)"] if parts.has("top") else [],
+        track=["top_slot = tl.where(new_top > top, begin + tl.argmax(score, axis=1), top_slot)"] if parts.has("top") else [],
+        keep=[f"tl.store({name}_ptr + cell, {value}, mask=row_ok)" for name, value in (("mass", "total"), ("slot", "top_slot"))]
+        if parts.has("top") else [],
     )  # fmt: skip
     kind = parts.element
     strides = [(f"{name}_stride_{axis}", STRIDE) for name in "qkv" for axis in "bth"]
@@ -148,6 +155,7 @@ def forward(parts: SoftmaxParts) -> tuple[str, list[Argument], list[str]]:
         (name, "i32") for name in ("batch", "heads", "kv_heads", "group", "q_len", "kv_len", "keys_per_part", "part0")
     ]
     arguments += [("slot0", "i64")]
+    arguments += [("mass_ptr", "*fp32"), ("slot_ptr", "*i32")] if parts.has("top") else []
     arguments += [("packs_ptr", "*i64"), ("members_ptr", "*i64")] if shared else []
     arguments += (
         [("pages_ptr", "*i64"), ("pages_stride_b", "i64"), ("pages_stride_h", "i64"), ("page_size", "i32")]

@@ -1,8 +1,9 @@
-"""Remembers measured schedules on disk, per device, Triton version and kernel, and never per sequence length."""
+"""Measures schedules once per kernel, device and version, and remembers them on disk; never per sequence length."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -13,11 +14,20 @@ from typing import Any
 from subquad.codegen.cache import directory
 from subquad.ir.kernel_spec import KernelSpec
 
+FEW = 4
+"""Most candidates that are measured, the cost model's best first."""
+ROWS = 1024
+"""Fewest query rows of a call that is worth measuring on: shorter ones are all launch."""
+
+_tried: set[tuple[str, str]] = set()
+
 
 def key(spec: KernelSpec) -> str:
-    """What a schedule depends on: the spec without schedule and optional inputs; all parts of a recurrence share one."""
-    plain = replace(spec, block_q=64, block_kv=64, num_warps=4, num_stages=1, flags=())
-    return (replace(plain, part="states") if spec.op == "recurrence" else plain).hash
+    """What a schedule depends on: the spec without schedule and optional inputs; all parts of a recurrence share one, and
+    so do the gradients of a softmax.
+    """
+    part = "states" if spec.op == "recurrence" else "grad_keys" if spec.part.startswith("grad") else spec.part
+    return replace(spec, part=part, block_q=64, block_kv=64, num_warps=4, num_stages=1, flags=()).hash
 
 
 def lookup(spec: KernelSpec) -> tuple[Any, ...] | None:
@@ -26,34 +36,48 @@ def lookup(spec: KernelSpec) -> tuple[Any, ...] | None:
     return None if place is None else _read(place).get(key(spec))
 
 
-def measure(spec: KernelSpec, candidates: Sequence[Any], run: Callable[[Any], None], repeats: int = 5) -> Any:
-    """Time `run` for each candidate schedule on the current GPU (CUDA events, median), remember the fastest and return it.
+def settle(spec: KernelSpec, rows: int, candidates: Callable[[], Sequence[Any]], run: Callable[[Any], None]) -> None:
+    """Measure the few best candidates by `run` if this spec was never measured on this device, and remember the fastest.
 
-    A candidate that fails to build or launch is passed over. Raises RuntimeError without a GPU or if none runs.
+    Nothing happens without a GPU, for a call of few rows, while a CUDA graph is recorded, or where nothing is to be chosen.
     """
-    import torch
+    place = _place()
+    if place is None or rows < ROWS or (place, key(spec)) in _tried or lookup(spec) is not None or _recording():
+        return
+    _tried.add((place, key(spec)))
+    few = list(candidates())[:FEW]
+    if len(few) > 1:
+        measure(spec, few, run)
 
+
+def measure(
+    spec: KernelSpec,
+    candidates: Sequence[Any],
+    run: Callable[[Any], None],
+    repeats: int = 5,
+    clock: Callable[[Callable[[], None]], float] | None = None,
+) -> Any:
+    """Time `run` for each candidate schedule on the current GPU (median of `repeats`), remember the fastest and return it.
+
+    clock: milliseconds of one call, by default between two CUDA events. A candidate that fails to build or launch is
+    passed over. Raises RuntimeError without a GPU or if none runs.
+    """
     place = _place()
     if place is None:
         raise RuntimeError("Schedules are measured on a GPU, and torch sees none.")
+    timed = clock or milliseconds
     times: list[tuple[float, int]] = []
     for index, candidate in enumerate(candidates):
         try:
             run(candidate)
-            samples = []
-            for _ in range(repeats):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                run(candidate)
-                end.record()
-                end.synchronize()
-                samples.append(begin.elapsed_time(end))
-            times.append((sorted(samples)[repeats // 2], index))
+            samples = sorted(timed(functools.partial(run, candidate)) for _ in range(repeats))
         except Exception:  # out of shared memory, or a compiler error: this candidate does not exist here
             continue
+        times.append((samples[repeats // 2], index))
     if not times:
-        raise RuntimeError(f"No schedule of {spec.op} {spec.operator} runs on {torch.cuda.get_device_name()}.")
+        raise RuntimeError(f"No schedule of {spec.op} {spec.operator} runs on this device.")
     best = candidates[min(times)[1]]
+    _read.cache_clear()
     known = dict(_read(place)) | {key(spec): astuple(best)}
     handle, temporary = tempfile.mkstemp(dir=directory(), suffix=".partial")
     with os.fdopen(handle, "w") as file:
@@ -61,6 +85,24 @@ def measure(spec: KernelSpec, candidates: Sequence[Any], run: Callable[[Any], No
     os.replace(temporary, directory() / place)
     _read.cache_clear()
     return best
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """Time of one call between two CUDA events."""
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _recording() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -73,7 +115,7 @@ def _place() -> str | None:
     import triton
 
     name = "".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name())
-    return f"schedules_{name}_{triton.__version__}.json"
+    return f"schedules_{name}_{triton.__version__}_{importlib.metadata.version('subquad')}.json"
 
 
 @functools.cache

@@ -69,7 +69,7 @@ def softmax_case(case: Case) -> dict[str, float]:
     if case.get("tree"):
         given["operands"] = [torch.ones(2, tq, tq, dtype=torch.bool).tril(), torch.tensor([t - tq, t - tq - 2])]
     given["spec"] = SoftmaxSpec(**case["spec"]).json()
-    got = softmax_forward(given, BLOCKS)
+    got = softmax_forward(given, BLOCKS, parts=2)
     double = leaves(given)
     wanted = softmax_attention_reference(**double)
     found = {"o": error(got[0], wanted[0]), "lse": error(got[1], wanted[1])}
@@ -129,7 +129,7 @@ def recurrence_case(case: Case) -> dict[str, float]:
     got = recurrence_forward(given, blocks)
     outputs = ("o", "state", "window k", "window v", "seen")
     found = {name: error(a, b) for name, a, b in zip(outputs, got, wanted, strict=True)}
-    if not case.get("packed"):
+    if not case.get("packed") and spec.causal:
         cut = case.get("cut", tokens // 3)
         parts = ("q", "k", "v", "valid", "decay", "beta")
 
@@ -150,14 +150,17 @@ def recurrence_case(case: Case) -> dict[str, float]:
             torch.ones(wanted[1].shape[0], dtype=torch.int64),
         )
         rows = wanted[1].shape[0]
-        given |= {"window_k": k.new_zeros(rows, 0, hkv, d), "window_v": v.new_zeros(rows, 0, hkv, dv)}
+        slots = spec.window and spec.sinks + spec.window
+        given |= {"window_k": draw(rows, slots, hkv, d), "window_v": draw(rows, slots, hkv, dv)}
+        given["seen"] = torch.arange(rows) * 5 + 1 if slots else given["seen"]
         double = leaves(given)
         wanted = recurrence_reference(**double)
-    do, dstate = torch.randn(wanted[0].shape, dtype=torch.float64), torch.randn(wanted[1].shape, dtype=torch.float64)
-    state = torch.where(wanted[1].isfinite(), wanted[1], 0.0)
+    sides = [torch.randn(x.shape, dtype=torch.float64) for x in wanted[:4]]
+    outputs = [wanted[0], torch.where(wanted[1].isfinite(), wanted[1], 0.0), *wanted[2:4]]
     inputs = differentiable(double)
-    expected = torch.autograd.grad((wanted[0] * do).sum() + (state * dstate).sum(), inputs, allow_unused=True)
-    gradients = recurrence_backward(given, [do.to(dtype), dstate.float(), *wanted[2:4]], blocks)
+    loss = sum((x * side).sum() for x, side in zip(outputs, sides, strict=True))
+    expected = torch.autograd.grad(loss, inputs, allow_unused=True)
+    gradients = recurrence_backward(given, [side.to(dtype) for side in sides], blocks)
     for index, (one, other) in enumerate(zip(gradients, expected, strict=True)):
         found[f"gradient {index}"] = error(one, torch.zeros_like(inputs[index]) if other is None else other)
     return found

@@ -22,7 +22,7 @@ def softmax(shape, **case):
 
 def recurrence(shape, feature_map=("x",), **case):
     """shape: query heads, KV heads, K, V, tokens."""
-    names = ("normaliser", "decay", "update", "window", "sinks", "branch", "feature_map_k")
+    names = ("normaliser", "decay", "update", "window", "sinks", "branch", "feature_map_k", "causal")
     spec = {"scale": 0.3, "normaliser": "none"} | {name: case.pop(name) for name in names if name in case}
     return {"op": "recurrence", "shape": shape, "spec": spec | {"feature_map": feature_map}} | case
 
@@ -42,6 +42,12 @@ QUICK = [
     recurrence((1, 1, 12, 9, 19), ("relu(x) + 0.1",), decay="token", normaliser="sum", grad=True, padded=True),
     recurrence((1, 1, 12, 9, 19), decay="token", update="delta", grad=True),
     recurrence((1, 1, 12, 9, 19), decay="channel", decay_scale=30.0),
+    recurrence(
+        (1, 1, 4, 3, 19), ("relu(x) + 0.1",), decay="token", normaliser="sum", causal=False, grad=True, padded=True
+    ),
+    recurrence(
+        (2, 1, 4, 3, 19), ("softmax(x @ w0)",), normaliser="sum", window=4, sinks=2, grad=True, padded=True, state=True
+    ),
 ]
 THOROUGH = [
     softmax((4, 2, 24, 20, 37, 37), mask=mask, grad=True)
@@ -81,9 +87,31 @@ THOROUGH += [
     recurrence((2, 2, 12, 9, 37), decay="channel", decay_scale=30.0, padded=True, cut=34, steps=True, grad=True),
     recurrence((2, 2, 12, 9, 20), ("relu(x)",), feature_map_k=("exp(x)",), normaliser="sum", grad=True),
     recurrence((2, 1, 12, 9, 20), ("x / sqrt(sum(x * x) + 1e-6)",), update="delta", grad=True, cut=18, steps=True),
-    recurrence((4, 2, 12, 9, 50), ("softmax(x @ w0)",), normaliser="sum", window=16, padded=True),
-    recurrence((4, 2, 12, 9, 20), ("softmax(x)",), normaliser="sum", window=40, sinks=3),
-    recurrence((4, 2, 12, 9, 37), decay="token", window=8, branch="convex", padded=True),
+    recurrence((4, 2, 12, 9, 50), ("softmax(x @ w0)",), normaliser="sum", window=16, padded=True, grad=True),
+    recurrence((4, 2, 12, 9, 20), ("softmax(x)",), normaliser="sum", window=40, sinks=3, grad=True, state=True),
+    recurrence((4, 2, 12, 9, 37), decay="token", window=8, branch="convex", padded=True, grad=True, state=True),
+    recurrence((2, 1, 12, 9, 21), update="delta", normaliser="rms", window=6, sinks=1, branch="convex", grad=True),
+]
+THOROUGH += [
+    recurrence(
+        (2, 1, 12, 9, 37),
+        ("relu(x) + 0.1",),
+        decay=decay,
+        normaliser="sum",
+        causal=False,
+        grad=True,
+        padded=True,
+        state=True,
+    )
+    for decay in ("none", "head", "token", "channel")
+]
+THOROUGH += [
+    recurrence((2, 1, 12, 9, 37), decay="additive", causal=False, grad=True, padded=True),
+    recurrence((2, 1, 12, 9, 37), ("relu(x)",), decay="token", normaliser="sum", causal=False, grad=True, packed=True),
+    recurrence(
+        (2, 2, 12, 9, 37), ("softmax(x @ w0)",), decay="channel", normaliser="rms", causal=False, grad=True, hidden=12
+    ),
+    recurrence((2, 2, 4, 9, 21), ("1", "x", "outer(x, x)"), normaliser="sum", causal=False, grad=True),
 ]
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 OPS = ("softmax_attention", "recurrence")
 DTYPES = ("float32", "float16", "bfloat16")
 FLAGS = (
-    "base", "bias", "gate", "grad_bias", "lengths", "live", "pages", "partial", "positions", "q_positions", "raw", "shared",
-    "sinks", "state", "valid",
+    "base", "bias", "gate", "grad_bias", "lengths", "live", "pages", "partial", "positions", "q_positions", "raw", "reverse",
+    "shared", "sinks", "state", "top", "valid",
 )  # fmt: skip
 TABLES = ("int8", "int64")
 
