@@ -34,7 +34,7 @@ def composed(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor
     layout = None
     if what.window:
         names = ("q", "k", "v", "valid", "window_k", "window_v", "seen")
-        layout = arrange(*(given[name] for name in names), what)
+        layout = arrange(**{name: given[name] for name in names}, spec=what)
         given = given | _far(layout, given, what)
     q, k, v, valid = (given[name] for name in ("q", "k", "v", "valid"))
     batch, length, heads, _ = q.shape

@@ -113,7 +113,8 @@ def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:
     """The schedule of a chunk, and whether the registers hold what its kernels keep."""
     special, fits = [], True
     for part in RECURRENCE_PARTS:
-        options = [(block, warps) for warps in (4, 8) for block in (64, 32, 16)]
+        blocks = (64, 32, 16) if parts.spec.dtype == "float32" else (64, 32)
+        options = [(block, warps) for warps in (4, 8) for block in blocks]
         if part in REPEATING:
             options.sort(key=lambda option: -option[0])
         width = pad(parts.spec.value_dim)
