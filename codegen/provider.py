@@ -62,8 +62,8 @@ def _settle_softmax(given: dict[str, Any], grads: Any) -> None:
         if grads is None:
             softmax_call.softmax_forward(given, schedule)
         else:
-            grad_o, grad_lse, *rest = grads
-            softmax_call.softmax_backward(given, grad_o, grad_lse, *rest, schedule=schedule)
+            grad_o, grad_lse, o, lse, bias_too = grads
+            softmax_call.softmax_backward(given, grad_o, grad_lse, o, lse, bias_too, schedule)
 
     rows = batch * length if tile > 16 else 0
     tuned.settle(spec, rows, lambda: softmax_candidates(spec, tile), run)
