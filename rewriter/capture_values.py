@@ -59,6 +59,8 @@ class ValueReads(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func in SHAPED and (func is not torch.where or len(args) == 1):
             return self._shaped(func, args, kwargs or {})
+        if func in (torch.equal, torch.Tensor.equal):
+            return self._equal(*args, **(kwargs or {}))
         if func not in READS or not isinstance(args[0], torch.Tensor) or args[0].numel() > MOST:
             return func(*args, **(kwargs or {}))
         name, place = READS[func], _line()
@@ -70,6 +72,12 @@ class ValueReads(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self._answer(args[0], self.known[key], place)
         return _as_read(name, self.known[key], args)
+
+    def _equal(self, input: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two tensors are equal, read as the truth of all comparisons of their elements."""
+        if input is other or input.shape != other.shape:
+            return input is other
+        return self.__torch_function__(torch.Tensor.__bool__, (), ((input == other).all(),))
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The indices that the example run found, whose number no graph could know."""

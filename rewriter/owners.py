@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
@@ -238,6 +239,11 @@ def _joined(owner: str, path: str) -> str:
 
 
 def _borrows(captured: Capture, root: nn.Module) -> bool:
-    held = {tensor.untyped_storage().data_ptr() for tensor in (*root.parameters(), *root.buffers())} - {0}
+    held = _storages((*root.parameters(), *root.buffers())) - {0}
     constants = [x for name, x in captured.graph.named_buffers() if name.startswith(f"{CONSTANTS}.")]
-    return any(constant.untyped_storage().data_ptr() in held for constant in constants)
+    return not held.isdisjoint(_storages(constants))
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Addresses of the memory of dense tensors; sparse ones have none, and no graph reads them."""
+    return {x.untyped_storage().data_ptr() for x in tensors if x.layout == torch.strided}

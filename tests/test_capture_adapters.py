@@ -139,6 +139,29 @@ def test_a_branch_on_values_is_captured_and_guarded() -> None:
         torch.testing.assert_close(fast(X, some), model(X, some))
 
 
+class OneProjection(nn.Module):
+    """Attention that projects once where keys are the queries, and keeps a sparse buffer that it never reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.kv, self.qkv = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 96)
+        self.register_buffer("chosen", torch.eye(4, dtype=torch.bool).to_sparse(), persistent=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1) if torch.equal(x, y) else (self.q(x), *self.kv(y).chunk(2, -1))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_branch_on_two_tensors_being_equal_is_captured_and_guarded() -> None:
+    for pair, opposite in (((X, X), (X, -X)), ((X, -X), (X, X.clone()))):
+        fast, model = rewritten(OneProjection(), pair), OneProjection()
+        assert len(fast.report.applied) == 1
+        torch.testing.assert_close(fast(*pair), model(*pair))
+        with pytest.warns(UserWarning, match="branches on a value"):
+            torch.testing.assert_close(fast(*opposite), model(*opposite))
+
+
 class Experts(TwoSpellings):
     """A mixture of experts that loops over those some token chose, found by name, and moves a module to its own dtype."""
 

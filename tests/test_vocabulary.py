@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subquad.ir.vocabulary import arguments, kind
+from subquad.ir.vocabulary import KINDS, arguments, kind
 
 BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "function": lambda x, y: torch.max(x, y),
@@ -69,3 +69,26 @@ def test_two_tensors_are_compared(name: str) -> None:
 @pytest.mark.parametrize("name", ONE)
 def test_one_tensor_is_reduced(name: str) -> None:
     assert kinds(ONE[name]) == ["extreme", "extreme"]
+
+
+def test_every_overload_of_a_kind_has_its_arguments() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for known in KINDS:
+        for packet in (getattr(torch.ops.aten, name) for name in known.aten if hasattr(torch.ops.aten, name)):
+            for name in packet.overloads():
+                overload = getattr(packet, name)
+                node = graph.call_function(overload, (x,) * len(overload._schema.arguments))
+                if kind(node) not in ("", "assertion"):
+                    assert arguments(node), overload
+
+
+def test_axes_are_exchanged_under_any_name() -> None:
+    class Whole(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.swapaxes(x, axis0=0, axis1=-1) + torch.swapdims(x, 0, -1) + x.swapaxes(0, -1)
+
+    program = torch.export.export(Whole(), (torch.ones(3, 3),), strict=False)
+    for graph in (torch.fx.symbolic_trace(Whole()).graph, program.graph):
+        found = [arguments(node) for node in graph.nodes if kind(node) == "transpose"]
+        assert [(a["dim0"], a["dim1"]) for a in found] == [(0, -1)] * 3

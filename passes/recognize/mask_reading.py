@@ -9,7 +9,7 @@ import sympy
 import torch
 import torch.fx
 
-from subquad.ir.mask import KV, EmptyRows, Mask, Q
+from subquad.ir.mask import KV, EmptyRows, Mask, Q, print_expression
 from subquad.ir.site import Bias
 from subquad.ir.vocabulary import kind
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
@@ -59,7 +59,7 @@ class MaskReader:
         opaque: list[Bias] = []
         for mask in scores.masks:
             parts = mask.predicate.args if isinstance(mask.predicate, sympy.And) else (mask.predicate,)
-            whole = [part for part in parts if _is_whole(part)]
+            whole = [part for part in parts if _is_whole(part) or not _is_printable(part)]
             if whole:
                 opaque.append(_bias(mask, reader))
             if mask.infinite or not whole:
@@ -92,3 +92,12 @@ def _is_whole(part: sympy.Basic) -> bool:
         if Q in free and KV in free:
             return True
     return False
+
+
+def _is_printable(part: sympy.Basic) -> bool:
+    """True for a condition that the operators' expression language can say."""
+    try:
+        print_expression(part, {}, {})
+    except ValueError:
+        return False
+    return True

@@ -120,8 +120,10 @@ def _written_where(node: Node, a: dict[str, Any]) -> Node:
 
 
 def _lowest(scores: Node) -> float:
-    """What hides a key when it stands in the place of a score: far below any, or the least number of half precision."""
-    return float(torch.finfo(torch.float16).min) if dtype_of(scores) == torch.float16 else -1e9
+    """What hides a key when it stands in the place of a score: the least number of half precision, else where single
+    precision counts in steps of eight, so that scores of that size say nothing.
+    """
+    return float(torch.finfo(torch.float16).min) if dtype_of(scores) == torch.float16 else -1e8
 
 
 def one_where(factor: sympy.Basic) -> sympy.Basic | None:

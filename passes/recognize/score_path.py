@@ -20,7 +20,9 @@ _STEPS = VIEWS | {
     "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad",
     "clamp", "index_put",
 }  # fmt: skip
-PICKED = frozenset(["slice", "select", "getitem", "topk", "cast", "unbind", "masked_fill"])
+PICKED = frozenset(
+    ["slice", "select", "getitem", "topk", "cast", "unbind", "chunk", "split", "split_with_sizes", "masked_fill"]
+)
 WRITES = frozenset(["slice_scatter", "select_scatter", "index_put", "copy", "setitem"])
 FURTHEST = 24
 PROJECTION = (

@@ -14,6 +14,7 @@ _RELATIONS = {
     sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">", sympy.Eq: "==", sympy.Ne: "!=",
 }  # fmt: skip
 _QUOTIENTS = (FloorDiv, sizes_of_torch.FloorDiv, sizes_of_torch.CleanDiv)
+_ROUNDED = (sizes_of_torch.CeilToInt, sizes_of_torch.FloorToInt, sizes_of_torch.TruncToInt)
 _REMAINDERS = (sympy.Mod, sizes_of_torch.Mod, sizes_of_torch.PythonMod)
 _EXTREMES = {
     sympy.Min: "min", sympy.Max: "max", sizes_of_torch.Min: "min", sizes_of_torch.Max: "max",
@@ -45,6 +46,9 @@ def print_expression(e: sympy.Basic, tables: Mapping[str, str], sizes: Mapping[s
             return f"~{go(x.args[0])}"
         if isinstance(x, _QUOTIENTS):
             return f"({go(x.args[0])} // {go(x.args[1])})"
+        if isinstance(x, _ROUNDED) and isinstance(x.args[0], sizes_of_torch.IntTrueDiv):
+            above, below = x.args[0].args  # sizes, so that rounding down and rounding towards zero are one
+            return go(FloorDiv(above + below - 1 if x.func is sizes_of_torch.CeilToInt else above, below))
         if isinstance(x, _REMAINDERS):
             return f"({go(x.args[0])} % {go(x.args[1])})"
         if isinstance(x, sympy.Abs):

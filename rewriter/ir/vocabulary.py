@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("unflatten", "x dim sizes", "unflatten", (torch.unflatten,), "unflatten", input="x", self="x"),
     _kind("transpose", "x dim0 dim1", "transpose swapaxes swapdims", (torch.transpose, torch.swapaxes, torch.swapdims),
           "transpose swapaxes swapdims",
-          input="x", self="x"),
+          input="x", self="x", axis0="dim0", axis1="dim1"),
     _kind("t", "x", "t mT", (torch.t,), "t", input="x", self="x"),
     _kind("reversed", "x", "numpy_T", (), "", input="x", self="x"),
     _kind("permute", "x dims", "permute", (torch.permute,), "permute", input="x", self="x", variadic=True),
@@ -169,7 +170,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("select", "x dim index", "select", (torch.select,), "select", input="x", self="x"),
     _kind("narrow", "x dim start length", "narrow", (torch.narrow,), "narrow", input="x", self="x"),
     _kind("split", "x size dim=0", "split", (torch.split,), "split", tensor="x", self="x", split_size_or_sections="size",
-          split_size="size"),
+          split_size="size", split_sizes="size"),
     _kind("split_with_sizes", "x size dim=0", "split_with_sizes", (), "split_with_sizes", self="x", split_sizes="size"),
     _kind("chunk", "x chunks dim=0", "chunk", (torch.chunk,), "chunk", input="x", self="x"),
     _kind("getitem", "x index", "", (operator.getitem,), "__getitem__"),
@@ -178,7 +179,8 @@ KINDS: tuple[Kind, ...] = (
     _kind("gather", "x dim index", "gather", (torch.gather,), "gather", self="x", input="x"),
     _kind("gather", "x index dim=None", "take_along_dim", (torch.take_along_dim,), "take_along_dim", self="x", input="x",
           indices="index"),
-    _kind("isin", "x among invert=False", "isin", (torch.isin,), "", elements="x", test_elements="among"),
+    _kind("isin", "x among invert=False", "isin", (torch.isin,), "", elements="x", test_elements="among",
+          element="x", test_element="among"),
     _kind("one_hot", "x num_classes=-1", "one_hot", (F.one_hot,), "", self="x", tensor="x"),
     _kind("outer", "a b", "outer ger", (torch.outer,), "outer", self="a", input="a", vec2="b"),
     _kind("kron", "a b", "kron", (torch.kron,), "kron", self="a", input="a", other="b"),
@@ -228,6 +230,9 @@ KINDS: tuple[Kind, ...] = (
 NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 """Argument names that torch's own functions and methods take in the place of theirs."""
 
+_IRREGULAR = frozenset(["einsum", "arange", "cast", "view", "maximum", "minimum", "assertion"])
+"""Kinds whose arguments are read in another way than by their names in the schema."""
+
 _BY_PACKET: dict[str, Kind] = {}
 _BY_FUNCTION: dict[Any, Kind] = {}
 _BY_METHOD: dict[str, Kind] = {}
@@ -274,7 +279,7 @@ def _spelled(node: torch.fx.Node) -> Kind | None:
         if isinstance(node.target, torch._ops.OpOverload):
             if node.target.namespace != "aten":
                 return None
-            return _BY_PACKET.get(node.target._schema.name.removeprefix("aten::"))
+            return _overload_kind(node.target)
         if node.target is getattr:
             return _BY_ATTRIBUTE.get(str(node.args[1]))
         try:
@@ -287,6 +292,16 @@ def _spelled(node: torch.fx.Node) -> Kind | None:
         module = module_of(node)
         return _BY_MODULE.get(type(module)) if module is not None else None
     return None
+
+
+@functools.cache
+def _overload_kind(overload: torch._ops.OpOverload) -> Kind | None:
+    """The kind of an ATen overload; None for one that lacks what its namesakes require, as where(condition) does."""
+    found = _BY_PACKET.get(overload._schema.name.removeprefix("aten::"))
+    if found is None or found.name in _IRREGULAR:
+        return found
+    given = {found.aliases.get(a.name, a.name) for a in overload._schema.arguments}
+    return found if all(name in given for name, default in found.arguments if default is REQUIRED) else None
 
 
 def kind(node: Any) -> str:

@@ -357,6 +357,7 @@ CASES = (
     biased("bucketed relative table", Buckets, biases=1, mask="causal"),
     changed("mask times lowest", lambda s: s + (~causal(s)) * LOWEST, mask="causal", empty_rows="mean"),
     changed("one minus mask, -1e9", lambda s: s + (1 - causal(s).float()) * -1e9, biases=1),
+    changed("filled with -1e8", lambda s: s.masked_fill(~causal(s), -1e8), mask="causal", empty_rows="mean"),
     changed("filled with -1e9", lambda s: s.masked_fill(~causal(s), -1e9), mask="causal", empty_rows="mean"),
     changed("filled with -100", lambda s: s.masked_fill(~causal(s), -100.0), ("low enough",)),
     changed("two masks", lambda s: s.masked_fill(~causal(s), -torch.inf).masked_fill(columns(s) < rows(s) - 3, -torch.inf), mask="causal & window(4)"),

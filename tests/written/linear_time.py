@@ -168,6 +168,19 @@ class Experts(nn.Module):
         return torch.einsum("bte,btd,edf->btf", share, x, self.w)
 
 
+class ConvolvedFeatures(nn.Module):
+    """A picture's features by one convolution, a softmax on queries over features and on keys over places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(32, 96, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.flatten(2).unflatten(1, (4, 8)) for y in self.qkv(x).chunk(3, 1))
+        context = torch.einsum("bhdn,bhen->bhde", k.softmax(-1), v)
+        return torch.einsum("bhde,bhdn->bhen", context, q.softmax(-2)).flatten(1, 2).view_as(x)
+
+
 class Pointer(nn.Module):
     """Scores of one query as the output: a distribution over inputs, and no values."""
 
@@ -196,6 +209,10 @@ def edges(_: int, nodes: int) -> tuple[Tensor, ...]:
     return torch.randn(nodes, 32), torch.randint(0, nodes, (2, nodes * 3))
 
 
+def picture(batch: int, _: int) -> tuple[Tensor]:
+    return (torch.randn(batch, 32, 4, 6),)
+
+
 def core(name: str, function: Any, *refused: str, found: tuple[dict[str, Any], ...] = ()) -> Case:
     make: Callable[[], Any] = function if isinstance(function, type) else lambda: function
     return Case(name, lambda: Heads(make()), hidden(), found, refused or (() if found else ("no softmax",)))
@@ -219,6 +236,7 @@ CASES = (
     core("retrieval in two steps", hopfield, found=({"heads": 4, "head_dim": 8},) * 2),
     core("pooled queries and keys", Additive, "projection", ""),
     core("weights from a network", Synthesised, "projection"),
+    Case("convolved features", ConvolvedFeatures, picture, (), ("projection", "projection")),
     Case("softmax over edges", Edges, edges, (), ("no softmax",)),
     Case("chain of states", Conditioned, hidden(), (), ("no softmax",)),
     Case("mixture of experts", Experts, hidden(), (), ("projection",)),

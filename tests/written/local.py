@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,22 @@ def padded_and_folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     kept = torch.arange(t + extra, device=q.device).view(-1, 4) < t
     scores = (q @ k.mT * SCALE).masked_fill(~kept[:, None, :], -1e9)
     return (scores.softmax(-1) @ v).flatten(2, 3)[:, :, :t]
+
+
+def neighbouring_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Blocks of four see the blocks around them; where a key stands is padded and unfolded like the keys themselves."""
+    t = q.shape[2]
+    blocks = math.ceil(t / 4)
+    q, k, v = (F.pad(x.flatten(0, 1), (0, 0, 0, blocks * 4 - t)) for x in (q, k, v))
+    q = q.view(q.shape[0], blocks, 4, SIZE)
+    at = torch.arange(blocks * 4, device=q.device).view(1, blocks, 4)
+    k, v = (F.pad(x, (0, 0, 4, 4)).unfold(1, 12, 4).transpose(2, 3) for x in (k, v))
+    keys_at = F.pad(at.view(1, -1), (4, 4), value=-1).unfold(1, 12, 4)
+    apart = (at[..., :, None] - keys_at[..., None, :]).abs()
+    hidden_keys = (apart > 4) | (keys_at[..., None, :] == -1) | (keys_at[..., None, :] >= t)
+    scores = torch.einsum("bnqd,bnkd->bnqk", q, k) * SCALE
+    weights = scores.masked_fill(hidden_keys, torch.finfo(scores.dtype).min).softmax(-1)
+    return torch.einsum("bnqk,bnkd->bnqd", weights, v).flatten(1, 2)[:, :t].unflatten(0, (-1, HEADS))
 
 
 def dilated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -214,6 +231,7 @@ CASES = (
     one("window by unfold", sliding_unfold, scale=SCALE, phase="decode"),
     one("window by as_strided", sliding_strided, even),
     one("padded and folded", padded_and_folded, in_fours),
+    Case("neighbouring blocks", lambda: Heads(neighbouring_blocks), TOKENS, ({"head_dim": SIZE, "scale": SCALE},)),
     one("dilated by a reshape", dilated, even, mask="full", scale=SCALE),
     one("blocks, neighbours and the first", block_sparse, in_fours, mask="full", scale=SCALE),
     one("chunks of queries", queries_in_chunks, even, (), {"heads": HEADS}, scale=SCALE),
