@@ -170,7 +170,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises SubquadError when the module is not a rewritten one.
     """
+    from subquad.unrolled_run import unbind_loop
+
     record = rewritten(model)
+    if record is None and unbind_loop(model):
+        return model
     if record is None:
         raise SubquadError(f"{type(model).__name__} was not rewritten, so there is nothing to restore.")
     record.undo()

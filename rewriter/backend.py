@@ -30,6 +30,7 @@ from subquad.passes.canonicalize.tidy import tidy
 from subquad.passes.canonicalize.torch_layers import kept_layers, layers_written_out
 from subquad.pipeline import applied_entry, choose, is_selected
 from subquad.recognition import recognise
+from subquad.unrolled_run import UnrolledLoop, unrolled_loop
 
 log = logging.getLogger(__name__)
 reports: list[Report] = []
@@ -61,6 +62,39 @@ def compile_graph(
             raise PassError(
                 f"{chosen.name} learns parameters, which a compiled function cannot keep; use subquad.rewrite first."
             )
+    loop = _loop(graph) if passes is None and options.get("where") is None else None
+    if loop is not None and not loop.differentiable:
+        reports.append(loop.report)
+        return _looping(loop, lambda: _compiled(graph, example_inputs, passes, options))
+    return _compiled(graph, example_inputs, passes, options)
+
+
+def _loop(graph: torch.fx.GraphModule) -> UnrolledLoop | None:
+    """The decoding loop that was unrolled into a graph; None when there is none, or when it cannot be rolled up."""
+    try:
+        return unrolled_loop(graph, Report())
+    except Exception:
+        log.exception("subquad leaves an unrolled loop as it is, because of an error of its own")
+        return None
+
+
+def _looping(loop: UnrolledLoop, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The loop rolled up; from the call after one in which a guard failed, the graph compiled as it is."""
+    otherwise: list[Callable[..., Any]] = []
+
+    def run(*inputs: Any) -> Any:
+        if loop.model.refused is None:
+            return loop(*inputs)
+        if not otherwise:
+            otherwise.append(compiled())
+        return otherwise[0](*inputs)
+
+    return run
+
+
+def _compiled(
+    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite] | None, options: dict[str, Any]
+) -> Callable[..., Any]:
     rewritten, report = _rewritten(graph, example_inputs, passes, options.get("where"))
     reports.append(report)
     del reports[:-KEEP]

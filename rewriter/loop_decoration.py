@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from subquad.cached_run import CachedRun
 from subquad.ir.errors import SubquadError
 from subquad.ir.loop import Loop, Schedule
 from subquad.ir.loop_rewrite import LoopRewrite
@@ -54,31 +55,36 @@ class DecodingFunction:
 
     def tell(self, loop: Loop | None, model: LoopModel | None, refusal: Refusal | None) -> None:
         """Bring the report up to date after a call."""
-        report = self.report
-        report.loops = [] if loop is None else [replace(loop, schedules=schedules(loop, model))]
-        report.refusals = [] if refusal is None else [refusal]
-        report.applied = []
-        if loop is None or model is None:
-            return
-        report.notes = list(model.notes)
-        if model.refused is not None:
-            guard, sentence = model.refused
-            report.refusals = [
-                Refusal(loop.path, f"loop: guard {guard}", sentence, loop.model.source, loop.model.detail, "loop")
-            ]
-        elif model.step is not None:
-            names = ", ".join(s.name for s in report.loops[0].schedules if s.applies)
-            report.applied = [{"path": loop.path, "pass": names, "contract": "lossless", "mask": ""}]
-            report.notes.append(
-                f"{model.answered} calls of the model were answered by the decoder, {model.original} by itself"
-            )
-            report.notes += model.passed
+        self.report.refusals = [] if refusal is None else [refusal]
+        self.report.loops, self.report.applied = [], []
+        if loop is not None:
+            told(self.report, loop, model)
+
+
+def told(report: Report, loop: Loop, model: LoopModel | None) -> None:
+    """Write into a report what is known of a loop after a run of it."""
+    report.loops, report.applied = [replace(loop, schedules=schedules(loop, model))], []
+    if model is None:
+        return
+    report.notes = list(model.notes)
+    if model.refused is not None:
+        guard, sentence = model.refused
+        report.refusals = [
+            Refusal(loop.path, f"loop: guard {guard}", sentence, loop.model.source, loop.model.detail, "loop")
+        ]
+    elif model.step is not None:
+        names = ", ".join(s.name for s in report.loops[0].schedules if s.applies)
+        report.applied = [{"path": loop.path, "pass": names, "contract": "lossless", "mask": ""}]
+        report.notes.append(
+            f"{model.answered} calls of the model were answered by the decoder, {model.original} by itself"
+        )
+        report.notes += model.passed
 
 
 def schedules(loop: Loop, model: LoopModel | None) -> tuple[Schedule, ...]:
     """Which exact schedules the loop takes, and why the others do not apply."""
-    fed = loop.context.kind
-    if fed != "full prefix":
+    fed, passes_on = loop.context.kind, passes_cache(loop)
+    if fed != "full prefix" and not passes_on:
         why = "the loop feeds the last token alone: its model keeps a cache of its own, which stays in use"
         if fed == "slice":
             why = "the loop feeds slices of its tokens: its model keeps a cache of its own, which stays in use"
@@ -87,8 +93,11 @@ def schedules(loop: Loop, model: LoopModel | None) -> tuple[Schedule, ...]:
         return (Schedule(CACHE, False, f"the guard {model.refused[0]} failed: {model.refused[1]}"),)
     if model is not None and model.step is None:
         return (Schedule(CACHE, False, "the model was not called yet"),)
+    kept = "the loop feeds the whole prefix each time; keys and values of earlier tokens are kept"
+    if passes_on:
+        kept = f"the tokens in `{loop.cache.detail}` are known; what it holds is computed when the loop reads it"
     return (
-        Schedule(CACHE, True, "the loop feeds the whole prefix each time; keys and values of earlier tokens are kept"),
+        Schedule(CACHE, True, kept),
         Schedule(LAST, True, "rows of the logits are computed when they are read"),
         Schedule(CHUNKS, True, "a long prompt is run in parts, which bounds its memory"),
         _drafts(model),
@@ -96,6 +105,19 @@ def schedules(loop: Loop, model: LoopModel | None) -> tuple[Schedule, ...]:
             "deferred stop check", False, "stops run as they stand; on the CPU a check does not wait for a device"
         ),
     )
+
+
+def passes_cache(loop: Loop) -> bool:
+    """True when the loop passes a cache to its model, so that calls can be answered from the tokens in it."""
+    return loop.cache.kind in ("passed on", "object")
+
+
+def _run(loop: Loop, model: LoopModel) -> LoopRun:
+    return CachedRun(model) if passes_cache(loop) else LoopRun(model)
+
+
+def _left_whole(loop: Loop) -> bool:
+    return loop.context.kind != "full prefix" and not passes_cache(loop)
 
 
 def _drafts(model: LoopModel | None) -> Schedule:
@@ -134,12 +156,12 @@ def decorate_function(function: Callable[..., Any], speculation: LoopRewrite | N
                     return _watched(known, reading, args, kwargs)
                 known.tell(None, None, reading)
                 return function(*args, **kwargs)
-            if reading.loop.context.kind != "full prefix":
+            if _left_whole(reading.loop):
                 known.tell(reading.loop, None, _left(reading.loop))
                 return function(*args, **kwargs)
             model = known.model_of(reading)
             try:
-                with bound(reading.root), active(LoopRun(model)):
+                with bound(reading.root), active(_run(reading.loop, model)):
                     return function(*args, **kwargs)
             finally:
                 known.tell(reading.loop, model, None)
@@ -151,7 +173,7 @@ def decorate_function(function: Callable[..., Any], speculation: LoopRewrite | N
 def _generated(known: DecodingFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """A generator's loop: its model's calls are answered while the generator itself runs, not while its consumer does."""
     reading = known.reading(args, kwargs)
-    if isinstance(reading, Refusal) or reading.loop.context.kind != "full prefix":
+    if isinstance(reading, Refusal) or _left_whole(reading.loop):
         known.tell(
             None if isinstance(reading, Refusal) else reading.loop,
             None,
@@ -159,7 +181,7 @@ def _generated(known: DecodingFunction, args: tuple[Any, ...], kwargs: dict[str,
         )
         return (yield from known.function(*args, **kwargs))
     model = known.model_of(reading)
-    run, inner = LoopRun(model), known.function(*args, **kwargs)
+    run, inner = _run(reading.loop, model), known.function(*args, **kwargs)
     sent: Any = None
     try:
         while True:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from subquad.output_place import WHOLE, spellings
 from subquad.runtime.prefix_call import PrefixCall
 from subquad.step_model import StepModel, dropping, versions
 
@@ -95,3 +96,10 @@ def _replaced(args: tuple[Any, ...], old: Tensor, new: Tensor) -> tuple[Any, ...
 
 def _named(kwargs: dict[str, Any], old: Tensor, new: Tensor) -> dict[str, Any]:
     return {key: new if value is old else value for key, value in kwargs.items()}
+
+
+def readable(step: StepModel, uses: frozenset[str], others: frozenset[str] = frozenset()) -> None:
+    """Raises Broken when a loop reads more of a call's result than its logits, and the places spelt `others`."""
+    if step.place != WHOLE and not uses <= (allowed := spellings(step.place) | others):
+        odd = ", ".join(sorted(uses - allowed))
+        raise Broken("result", f"the loop reads the model's result as {odd}, which is more than its logits.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
 from subquad.ir.loop_rewrite import LoopRewrite
-from subquad.loop_guards import Broken, checked, deterministic
+from subquad.loop_guards import Broken, checked, deterministic, readable
 from subquad.runtime.lazy_logits import LazyLogits
 from subquad.runtime.lookahead import Lookahead
 from subquad.runtime.pacing import MeasuredPacing, Pacing
@@ -35,7 +36,8 @@ class LoopModel:
     uses, kept: how the loop reads the call's result, and where values of the logits leave it (see `Reading`).
     step: the decoder behind the calls, None before the first call.  refused: (guard, sentence) that keeps the original
     loop.  passed: the guards that held, in words.  answered, original: calls by who answered them.
-    speculation: how drafts are made, None for none; pacing: how many of them are run.
+    speculation: how drafts are made, None for none; pacing: how many of them are run.  keeping: what is known of the cache
+    that the loop passes along (see `cached_run.Keeping`), None before its first call and for loops without.
     """
 
     root: nn.Module
@@ -51,6 +53,7 @@ class LoopModel:
     notes: list[str] = field(default_factory=list)
     speculation: LoopRewrite | None = None
     pacing: Pacing | None = None
+    keeping: Any = None
 
     def lookahead(self) -> Lookahead | None:
         """Drafts for one run of the loop, where they were asked for; what the drafter learns stays for later runs."""
@@ -87,15 +90,27 @@ class LoopRun:
                 model.note(f"some calls ran the model itself: {why}")
             model.original += 1
             return original(*args, **kwargs)
-        if self.prefix is None or self.prefix.engine is not model.step.decoder.engine:
-            self.prefix = PrefixCall(model.step.decoder.engine, model.lookahead())
+        self.ready()
+        assert self.prefix is not None
         if model.compared < COMPARED:
             return self._compared(original, args, kwargs, inputs)
-        if model.answered == 0:
-            model.step.compile()
-        model.answered += 1
+        self.count()
         ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
         return model.step.returned(_logits(self.prefix, model.step, ids, mask, lambda: original(*args, **kwargs)))
+
+    def ready(self) -> None:
+        """Have a decoder state for the model as it is now."""
+        step = self.model.step
+        assert step is not None
+        if self.prefix is None or self.prefix.engine is not step.decoder.engine:
+            self.prefix = PrefixCall(step.decoder.engine, self.model.lookahead())
+
+    def count(self) -> None:
+        """Note that a call is answered by the decoder, which is compiled beside the first."""
+        assert self.model.step is not None
+        if self.model.answered == 0:
+            self.model.step.compile()
+        self.model.answered += 1
 
     def _why_original(self, kwargs: dict[str, Any]) -> str | None:
         """Why this call cannot be answered; forgets a decoder whose model changed."""
@@ -118,16 +133,11 @@ class LoopRun:
         model.built += 1
         kept = _copies(args), {key: _copies(value) for key, value in kwargs.items()}
         out = original(*args, **kwargs)
-        try:
+        with refuse_by(model):
             held = deterministic(model.root, original, *kept, out)
             model.step = step_model(model.root, *kept, out)
-            _readable(model.step, model.uses)
+            readable(model.step, model.uses)
             model.passed = [held, *checked(model.step, original, *kept, out)]
-        except Broken as broken:
-            model.step, model.refused = None, (broken.guard, str(broken))
-        except SubquadError as error:
-            guard = "capture" if isinstance(error, CaptureError) else "causality"
-            model.step, model.refused = None, (guard, first_line(error) + ".")
         return out
 
     def _compared(
@@ -140,26 +150,37 @@ class LoopRun:
         model.original += 1
         ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
         out = original(*args, **kwargs)
+        with refuse_by(model):
+            if self._compare(step, out, ids, mask):
+                model.compared += 1
+        return out
+
+    def _compare(self, step: StepModel, out: Any, ids: Tensor, mask: Tensor | None) -> bool:
+        """The decoder's row behind ids is the model's; False when the decoder has no room, raises Broken when it is another."""
+        assert self.prefix is not None
         try:
             row = self.prefix.row(ids, mask, ids.shape[1] - 1)
         except SubquadError as error:
-            model.note(f"some calls ran the model itself: {first_line(error)}")
-            return out
+            self.model.note(f"some calls ran the model itself: {first_line(error)}")
+            return False
         want = step.last_row(out)
         if not step.alike(row, want):
-            model.step, model.refused = None, (
+            raise Broken(
                 "loop equality", f"a row of the decoder differs from the model's by {(row - want).abs().max():.1e}."
-            )  # fmt: skip
-        model.compared += 1
-        return out
+            )
+        return True
 
 
-def _readable(step: StepModel, uses: frozenset[str]) -> None:
-    """Raises Broken when the loop may read more of the call's result than the logits."""
-    allowed = {(): None, "logits": {"logits", "item 0"}}.get(step.place, {f"item {step.place}"})
-    if allowed is not None and not uses <= allowed:
-        odd = ", ".join(sorted(uses - allowed))
-        raise Broken("result", f"the loop reads the model's result as {odd}, which is more than its logits.")
+@contextlib.contextmanager
+def refuse_by(model: LoopModel) -> Iterator[None]:
+    """Inside the block a guard that fails, or a model that has no decoder, keeps the original loop."""
+    try:
+        yield
+    except Broken as broken:
+        model.step, model.refused = None, (broken.guard, str(broken))
+    except SubquadError as error:
+        guard = "capture" if isinstance(error, CaptureError) else "causality"
+        model.step, model.refused = None, (guard, first_line(error) + ".")
 
 
 def _copies(value: Any) -> Any:
@@ -174,7 +195,7 @@ def _logits(
     last = ids.shape[1] - 1
 
     def whole() -> Tensor:
-        with _inactive():
+        with inactive():
             found: Tensor = step.logits(original())
         return found
 
@@ -199,8 +220,6 @@ class _Answering:
     """The forward of a model while some loop over it runs: only the calls of that loop's own thread are answered."""
 
     def __init__(self, root: nn.Module, previous: Any) -> None:
-        import inspect
-
         self.root, self.previous, self.count = root, previous, 0
         self.__signature__ = inspect.signature(previous)
 
@@ -208,12 +227,13 @@ class _Answering:
         run = _RUN.get()
         if run is None or run.model.root is not self.root:
             return self.previous(*args, **kwargs)
-        with _inactive():
+        with inactive():
             return run.call(self.previous, args, kwargs)
 
 
 @contextlib.contextmanager
-def _inactive() -> Iterator[None]:
+def inactive() -> Iterator[None]:
+    """Inside the block the model's calls in this thread run the model."""
     token = _RUN.set(None)
     try:
         yield

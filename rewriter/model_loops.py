@@ -34,9 +34,9 @@ def add_loops(model: nn.Module, report: Report) -> None:
 
 
 def _told(found: Reading, path: str) -> Any:
-    from subquad.loop_decoration import schedules
+    from subquad.loop_decoration import passes_cache, schedules
 
-    fits = found.loop.context.kind == "full prefix"
+    fits = found.loop.context.kind == "full prefix" or passes_cache(found.loop)
     return replace(found.loop, path=path, schedules=(DECORATE,) if fits else schedules(found.loop, None))
 
 

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from subquad.application import apply_plan, original_forward, restore, rewritten
 from subquad.bound_forward import own_hooks, own_hooks_lifted
@@ -31,6 +32,7 @@ from subquad.pass_spec import make_pass, parse_passes, parse_request
 from subquad.passes import discover
 from subquad.recognition import recognise
 from subquad.speculation_words import planned
+from subquad.unrolled_run import loop_module, unbind_loop
 
 Passes = str | Pass | Iterable[str | Pass] | None
 EXACT_DEFAULT = ("fuse",)
@@ -142,6 +144,10 @@ def rewrite(
         raise PlanError(
             f"the plan was made for another model: it has fingerprint {parsed.model}, this one {fingerprint(model)}."
         )
+    if isinstance(model, GraphModule) and plan is None and where is None and not chosen:
+        unbind_loop(model)
+        if (looping := loop_module(model, loop)) is not None:
+            return looping
     captured, report = _captured_report(model, example_inputs)
     inside = loop if parsed is None else planned(parsed)
     if inside is not None and (drafting := rewrite_loops(captured, report, inside)) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from subquad.incremental import decoder
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import value_of
 from subquad.ir.report import Report
+from subquad.output_place import at, filled, logits_place, without_tensors
 from subquad.pass_spec import parse_passes
 from subquad.recognition import recognise
 from subquad.replacement import replacement, rewritten_capture
@@ -40,7 +40,7 @@ class StepModel:
 
     call: binds the arguments of a call to the captured inputs.  rows: which rows the forward itself returns.
     place: where the logits lie in what it returns: () for itself, an index, or an attribute's name.
-    template: what one call returned, its tensors aside.  versions: the parameters as they were captured.
+    template: what one call returned, its tensors aside.  watch: the parameters as they were captured.
     """
 
     root: nn.Module
@@ -51,7 +51,7 @@ class StepModel:
     template: Any
     vocabulary: int
     dtype: torch.dtype
-    versions: list[tuple[int, int]]
+    watch: Watch
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], str | None]:
         """The ids, and the mask if the model takes one, of a call; or why it is not the captured one."""
@@ -67,13 +67,13 @@ class StepModel:
         """Why the decoder is no longer the model's: parameters were trained or replaced, or it was put in training mode."""
         if self.root.training and dropping(self.root):
             return "the model is in training mode with dropout"
-        if versions(self.root) != self.versions:
+        if not self.watch.same():
             return "the model's parameters changed since it was captured"
         return None
 
     def logits(self, out: Any) -> Tensor:
         """The logits in what the forward returned."""
-        found = out if self.place == () else out[self.place]
+        found = at(out, self.place)
         assert isinstance(found, Tensor)
         return found
 
@@ -87,15 +87,9 @@ class StepModel:
         allowed = TOLERANCE[self.dtype] * max(1.0, float(want.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
         return bool(((found == want) | ((found - want).abs() <= allowed)).all())
 
-    def returned(self, logits: Tensor) -> Any:
-        """What the forward returns, with these logits in their place."""
-        if self.place == ():
-            return logits
-        made = copy.copy(self.template)
-        if isinstance(self.place, int):
-            return type(made)([*made[: self.place], logits, *made[self.place + 1 :]])
-        made[self.place] = logits
-        return made
+    def returned(self, logits: Tensor, others: dict[Any, Any] | None = None) -> Any:
+        """What the forward returns, with these logits, and others by their places, where they lie."""
+        return filled(self.template, {self.place: logits, **(others or {})})
 
 
 HELD = "_subquad_loops"
@@ -130,8 +124,8 @@ def step_model(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     Raises CaptureError or NotIncremental with the sentence why its calls cannot be answered row by row.
     """
     known = held(root)
-    known.steps = [step for step in known.steps if step.versions == versions(root)]
-    place, _ = _place(out)
+    known.steps = [step for step in known.steps if step.watch.same()]
+    place = logits_place(out)
     for step in known.steps:
         if step.place == place and step.bound(args, kwargs)[1] is None:
             return step
@@ -140,7 +134,7 @@ def step_model(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def _made(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> StepModel:
-    place, template = _place(out)
+    place = logits_place(out)
     record = rewritten(root)
     given = without_cache(root, kwargs)
     example = _example(args, given)
@@ -153,17 +147,17 @@ def _made(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         applied = _with_operators(captured)
     every, rows = with_every_row(applied)
     made = decoder_of(root) if record is not None and rows.kept == "all" else decoder(every)
-    logits = out if place == () else out[place]
+    logits = at(out, place)
     return StepModel(
         root,
         made,
         BoundForward(root, captured),
         rows,
         place,
-        template,
+        without_tensors(out),
         int(logits.shape[-1]),
         logits.dtype,
-        versions(root),
+        Watch(root),
     )
 
 
@@ -209,30 +203,41 @@ def _example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     return tuple(long(v) for v in args), {key: long(v) for key, v in kwargs.items()}
 
 
-def _place(out: Any) -> tuple[Any, Any]:
-    """Where the logits lie in an output, and that output without its tensors."""
-    if isinstance(out, Tensor):
-        return (), None
-    if isinstance(out, (tuple, list)) and type(out) in (tuple, list):
-        places = [n for n, item in enumerate(out) if _is_logits(item)]
-        if places:
-            return places[0], type(out)(None if isinstance(item, Tensor) else item for item in out)
-    if isinstance(out, dict) and _is_logits(out.get("logits")):
-        bare = type(out)()
-        return "logits", bare
-    raise CaptureError(f"the model returns a {type(out).__name__} in which the logits are not found.")
-
-
-def _is_logits(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3)
-
-
 def dropping(root: nn.Module) -> bool:
     """True when some dropout layer is in training mode."""
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in root.modules())
 
 
-def versions(root: nn.Module) -> list[tuple[int, int]]:
-    """A mark of every parameter and buffer that changes when it is written to or replaced."""
-    tensors = [*root.parameters(), *root.buffers()]
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+Mark = tuple[int, int]
+"""A mark of a tensor that changes when it is written to or replaced."""
+
+
+def _mark(tensor: Tensor) -> Mark:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def versions(root: nn.Module) -> list[Mark]:
+    """A mark of every parameter and buffer."""
+    return [_mark(tensor) for tensor in (*root.parameters(), *root.buffers())]
+
+
+class Watch:
+    """The parameters and buffers of a module as they are now; looking again takes microseconds, once a token."""
+
+    def __init__(self, root: nn.Module) -> None:
+        tables = [t for module in root.modules() for t in (module._parameters, module._buffers, module._modules)]
+        self.tables = [(table, len(table)) for table in tables]
+        self.entries = [
+            (table, name, value, _mark(value) if isinstance(value, Tensor) else None)
+            for table in tables
+            for name, value in table.items()
+        ]
+
+    def same(self) -> bool:
+        """True while none was written to, replaced, added or removed."""
+        if any(len(table) != count for table, count in self.tables):
+            return False
+        return all(
+            table.get(name) is value and (mark is None or _mark(value) == mark)  # type: ignore[arg-type]
+            for table, name, value, mark in self.entries
+        )

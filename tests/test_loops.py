@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from types import GeneratorType
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from loops import plain, traps
+from loops import cached, plain, traps
 from loops.case import Case
+from transformers import DynamicCache
 
 import subquad
 from subquad.cli.inspect_printing import loop_fields
@@ -28,7 +30,7 @@ from subquad.step_model import held
 
 SHARED: dict[Any, Any] = {}
 """Models of loops that must be rewritten: they are captured once."""
-CASES = [*plain.CASES, *traps.CASES]
+CASES = [*plain.CASES, *traps.CASES, *cached.CASES]
 
 
 def model_of(case: Case) -> Any:
@@ -76,7 +78,8 @@ def test_a_loop_gives_the_same_tokens_or_a_reason(case: Case, capsys: Any) -> No
         assert report.applied
         assert "answered by the decoder" in " ".join(report.notes)
         odd = [note for note in report.notes if "ran the model itself" in note and "captured for sizes" not in note]
-        assert not odd
+        assert bool(odd) is bool(case.partly)
+        assert all(case.partly in note for note in odd)
     else:
         slot, words, line = case.refused
         (refusal,) = report.refusals
@@ -154,6 +157,46 @@ def test_a_function_without_source_is_watched_once() -> None:
             assert torch.equal(fast(model, ids), want)
     assert fast.report.applied
     assert "recorded" in fast.report.loops[0].evidence[0]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_cache_that_is_handed_out_is_what_the_model_would_have_made(copied: Any) -> None:
+    model, fast = model_of(cached.CASES[0]), subquad.rewrite(cached.kept_by_the_caller)
+    ids = torch.randint(0, 41, (2, 5))
+    with torch.inference_mode():
+        want, kept = cached.kept_by_the_caller(model, ids)
+        for _ in range(2):
+            got, cache = fast(model, ids)
+        assert torch.equal(got, want)
+        assert isinstance(cache, DynamicCache)
+        assert cache.get_seq_length() == kept.get_seq_length()
+        twin = copied(cache)
+        assert type(twin) is DynamicCache
+        for found in (cache, twin):
+            assert all(torch.equal(a.keys, b.keys) for a, b in zip(found.layers, kept.layers, strict=True))
+        _, cache = fast(model, ids)
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, past_key_values=kept).logits)
+
+
+def test_a_conversation_goes_on_with_the_cache_of_an_earlier_call() -> None:
+    model, fast = model_of(cached.CASES[0]), subquad.rewrite(cached.kept_by_the_caller)
+    ids = torch.randint(0, 41, (1, 5))
+    with torch.no_grad():
+        kept = cache = None
+        for turn in range(3):
+            want, kept = cached.kept_by_the_caller(model, ids + turn, cache=kept)
+            got, cache = fast(model, ids + turn, cache=cache)
+            assert torch.equal(got, want)
+    assert not [note for note in fast.report.notes if "ran the model itself" in note]
+
+
+def test_tensors_written_to_after_they_were_read_are_used_as_they_are() -> None:
+    model = cached.PairCache().eval()
+    fast = subquad.rewrite(cached.writes_to_its_keys)
+    ids = torch.randint(0, 41, (1, 5))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(fast(model, ids), cached.writes_to_its_keys(model, ids))
 
 
 def test_loops_in_two_threads_do_not_meet() -> None:

@@ -104,15 +104,78 @@ def test_segments_that_differ_are_refused(graph: Any) -> None:
     assert graph(Apart().eval()) == []
 
 
-def test_the_backend_reports_an_unrolled_loop() -> None:
+class Longer(Holder):
+    def forward(self, ids):
+        for _ in range(9):
+            row = self.model(ids)[:, -1] / 0.8
+            ids = torch.cat([ids, torch.multinomial(row.softmax(-1), 1)], dim=1)
+        return ids
+
+
+class WithScores(Holder):
+    def forward(self, ids):
+        scores = []
+        for _ in range(9):
+            scores.append(self.model(ids)[:, -1])
+            ids = torch.cat([ids, scores[-1].argmax(-1, keepdim=True)], dim=1)
+        return ids, torch.stack(scores, 1)
+
+
+def runs(function: Any, *prompts: torch.Tensor) -> list[Any]:
+    found = []
+    with torch.no_grad():
+        for ids in prompts:
+            torch.manual_seed(3)
+            found.append((function(ids.clone()), torch.get_rng_state()))
+    return found
+
+
+PROMPTS = (torch.arange(4)[None], torch.arange(4)[None] + 7, torch.arange(4)[None] + 20)
+
+
+def test_an_unrolled_graph_with_the_model_as_a_leaf_is_answered_and_restored() -> None:
+    holder = Longer().eval()
+    graph = torch.fx.GraphModule(holder, Leaf().trace(holder))
+    want = runs(holder, *PROMPTS)
+    fast = subquad.rewrite(graph)
+    for (ids, state), (tokens, after) in zip(want, runs(fast, *PROMPTS), strict=True):
+        assert torch.equal(ids, tokens)
+        assert torch.equal(state, after)
+    assert "23 calls of the model were answered by the decoder, 4 by itself" in fast.report.notes
+    assert fast.report.applied[0]["contract"] == "lossless"
+    assert subquad.restore(fast) is graph
+    assert torch.equal(runs(graph, PROMPTS[0])[0][0], want[0][0])
+    assert "forward" not in graph.__dict__
+
+
+@pytest.mark.parametrize("kind", [Longer, Plain])
+def test_the_backend_rolls_an_unrolled_loop_up_again(kind: Any) -> None:
+    from subquad.backend import reports
+
+    holder = kind().eval()
+    want = runs(holder, *PROMPTS)
+    torch._dynamo.reset()
+    found = runs(torch.compile(holder, backend="subquad"), *PROMPTS)
+    assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(want, found, strict=True))
+    report = reports[-1]
+    assert [loop.origin for loop in report.loops] == ["unrolled"]
+    assert not report.refusals
+    assert any("answered by the decoder" in note for note in report.notes)
+    with torch.no_grad():
+        holder.model.head.weight.normal_()
+    changed = runs(holder, PROMPTS[0])[0][0]
+    assert torch.equal(runs(torch.compile(holder, backend="subquad"), PROMPTS[0])[0][0], changed)
+
+
+def test_a_loop_whose_logits_leave_it_is_compiled_as_it_is() -> None:
     from subquad.backend import reports
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(Plain().eval(), backend="subquad", options={"inner": "eager"})(
-            torch.zeros(1, 4, dtype=torch.long)
-        )
+    holder = WithScores().eval()
+    found = torch.compile(holder, backend="subquad", options={"inner": "eager"})(PROMPTS[0])
+    torch.testing.assert_close(found[1], holder(PROMPTS[0])[1])
     assert [loop.origin for loop in reports[-1].loops] == ["unrolled"]
+    assert not any("answered" in note for note in reports[-1].notes)
 
 
 class Exported(Holder):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from subquad.ir.loop import Slot
@@ -102,19 +104,32 @@ def inspect_attribute(owner: Any, name: str) -> Any:
 def scope_of(function: Callable[..., Any], values: Mapping[str, Any]) -> Scope | None:
     """The scope of a function; None when its source cannot be had."""
     plain = inspect.unwrap(function)
+    code = getattr(plain, "__code__", None)
+    tree = None if code is None else _tree(code)
+    return None if tree is None else Scope(plain, tree, inspect.getsourcefile(plain) or "", values)
+
+
+@functools.lru_cache(1024)
+def _tree(code: CodeType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The definition that was compiled to some code, its lines as in the file; None when its source cannot be had."""
     try:
-        lines, first = inspect.getsourcelines(plain)
+        lines, first = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return None
     if not isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return None
     ast.increment_lineno(tree, first - 1)
-    return Scope(plain, tree, inspect.getsourcefile(plain) or "", values)
+    return tree
 
 
-def assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+@functools.lru_cache(4096)
+def assignments(tree: ast.AST) -> tuple[tuple[str, ast.expr], ...]:
     """(name, value) of every assignment to a plain name; each name of an unpacked value gets the whole value."""
+    return tuple(_assignments(tree))
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     for node in own_nodes(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
@@ -134,13 +149,18 @@ def assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
                 yield name, ast.copy_location(ast.Starred(node.iter, ast.Load()), node)
 
 
-def own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+@functools.lru_cache(4096)
+def own_nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
     """Every node below, in the order of the text, nested functions and classes left out."""
+    return tuple(_own_nodes(tree))
+
+
+def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
             continue
         yield child
-        yield from own_nodes(child)
+        yield from _own_nodes(child)
 
 
 def target_names(target: ast.expr) -> list[str]:

@@ -22,7 +22,7 @@ LEAST = 2
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of the model: its nodes (one for a leaf module), the node of the ids it is fed, and the node of its result."""
 
     path: str
@@ -36,7 +36,7 @@ class Unrolled:
     """An unrolled loop and its calls in order, for whoever replaces them."""
 
     loop: Loop
-    calls: tuple[_Call, ...]
+    calls: tuple[Call, ...]
 
 
 def find_unrolled(graph: torch.fx.Graph) -> list[Unrolled | Refusal]:
@@ -63,15 +63,15 @@ def find_unrolled(graph: torch.fx.Graph) -> list[Unrolled | Refusal]:
     return found
 
 
-def _repeated(graph: torch.fx.Graph) -> list[list[_Call]]:
+def _repeated(graph: torch.fx.Graph) -> list[list[Call]]:
     """Calls of each module that is called at least twice, in order: leaf modules, or the outermost entries of module stacks."""
-    leaves: dict[str, list[_Call]] = {}
+    leaves: dict[str, list[Call]] = {}
     stacked: dict[str, dict[str, list[Node]]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             ids = next((n for n in node.all_input_nodes), None)
             if ids is not None:
-                leaves.setdefault(str(node.target), []).append(_Call(str(node.target), frozenset({node}), ids, node))
+                leaves.setdefault(str(node.target), []).append(Call(str(node.target), frozenset({node}), ids, node))
         elif node.op not in ("placeholder", "output", "get_attr"):
             stack = node.meta.get("nn_module_stack") or {}
             if stack:
@@ -85,12 +85,12 @@ def _repeated(graph: torch.fx.Graph) -> list[list[_Call]]:
     return groups
 
 
-def _inlined(path: str, nodes: list[Node]) -> _Call | None:
+def _inlined(path: str, nodes: list[Node]) -> Call | None:
     """The call that a group of inlined nodes makes: fed by one integer tensor from outside, read in one place."""
     inside = frozenset(nodes)
     fed = {n for node in nodes for n in node.all_input_nodes if n not in inside and _is_ids(n)}
     out = [node for node in nodes if any(user not in inside for user in node.users)]
-    return _Call(path, inside, fed.pop(), out[-1]) if len(fed) == 1 and out else None
+    return Call(path, inside, fed.pop(), out[-1]) if len(fed) == 1 and out else None
 
 
 def _is_ids(node: Node) -> bool:
@@ -103,7 +103,7 @@ def _is_ids(node: Node) -> bool:
     )
 
 
-def _glue(one: _Call, two: _Call) -> list[Node] | None:
+def _glue(one: Call, two: Call) -> list[Node] | None:
     """The nodes from one call's result and ids to the next call's ids; None when the result is not among what they read."""
     found: list[Node] = []
     seen: set[Node] = set()
@@ -122,7 +122,7 @@ def _glue(one: _Call, two: _Call) -> list[Node] | None:
     return sorted(found) if reached else None
 
 
-def _shape(glue: list[Node], one: _Call, two: _Call) -> tuple[Any, ...]:
+def _shape(glue: list[Node], one: Call, two: Call) -> tuple[Any, ...]:
     """Operations, wiring and constants of a segment, blind to node names."""
     names: dict[Node, Any] = {one.ids: "ids", one.out: "out", **{node: n for n, node in enumerate(glue)}}
     described = []
@@ -140,7 +140,7 @@ class _Name(str):
         return f"%{self}"
 
 
-def _loop(calls: list[_Call], glue: list[Node]) -> Loop | Refusal:
+def _loop(calls: list[Call], glue: list[Node]) -> Loop | Refusal:
     last = calls[0].out
     source, code = user_line(last)
     slots = [(_word(node), node) for node in glue]
@@ -166,7 +166,7 @@ def _loop(calls: list[_Call], glue: list[Node]) -> Loop | Refusal:
 
 def _selected(glue: list[Node], out: Node) -> Slot:
     for node in glue:
-        name = _name(node)
+        name = name_of(node)
         if name in ("getitem", "select", "slice") and "-1" in repr(node.args[1:]):
             return _slot("last row", node)
     return Slot("inside the model", out.name)
@@ -174,8 +174,8 @@ def _selected(glue: list[Node], out: Node) -> Slot:
 
 def _joins(node: Node, ids: Node, chosen: Node) -> bool:
     """True when the node is the ids with something computed from the chosen token behind them, along the tokens."""
-    parts = node.args[0] if _name(node) in ("cat", "concat", "concatenate", "hstack") and node.args else ()
-    along = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) if _name(node) != "hstack" else 1
+    parts = node.args[0] if name_of(node) in ("cat", "concat", "concatenate", "hstack") and node.args else ()
+    along = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) if name_of(node) != "hstack" else 1
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or along not in (1, -1):
         return False
     return parts[0] is ids and isinstance(parts[1], Node) and chosen in ancestors([parts[1]])
@@ -187,7 +187,7 @@ def _slot(kind: str, node: Node, detail: str = "") -> Slot:
 
 
 def _word(node: Node) -> str:
-    name = _name(node)
+    name = name_of(node)
     if name in ("truediv", "itruediv", "div"):
         return "temperature"
     if name in ("cat", "squeeze", "to", "float", "max") or node.target is operator.getitem:
@@ -195,7 +195,8 @@ def _word(node: Node) -> str:
     return WORDS.get(name, "")
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """The plain name of a node's operation, whatever dialect it is from."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.partition("::")[2])
     target: Callable[..., Any] | str = node.target

@@ -51,7 +51,7 @@ class LazyLogits(torch.Tensor):
         """The row as it is handed out, the same memory each time."""
         if index not in self._rows:
             self._rows[index] = self._read(index)
-            self._seen[index] = self._rows[index]._version
+            self._seen[index] = _mark(self._rows[index])
         for reference in self._copies:
             if (copy := reference()) is not None and copy._full is None:
                 copy._row(index)
@@ -63,7 +63,7 @@ class LazyLogits(torch.Tensor):
         if full is None:
             full = self._full = self._whole()
             for index, row in self._rows.items():
-                if row._version != self._seen[index]:
+                if row.is_inference() or _mark(row) != self._seen[index]:
                     full.select(self._axis, index).copy_(row)
         copies, self._copies = self._copies, []
         for reference in copies:
@@ -86,7 +86,7 @@ class LazyLogits(torch.Tensor):
     def _pristine(self, index: int) -> Tensor:
         if index not in self._rows:
             self._rows[index] = self._read(index)
-            self._seen[index] = self._rows[index]._version
+            self._seen[index] = _mark(self._rows[index])
         return self._rows[index]
 
     def _picked(self, batch: int) -> Tensor:
@@ -137,7 +137,7 @@ class LazyLogits(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers what needs one row or none; everything else works on all rows."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
@@ -151,6 +151,11 @@ class LazyLogits(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Whatever passes by `__torch_function__` works on all rows."""
         return func(*_plain(args), **_plain(kwargs or {}))
+
+
+def _mark(row: Tensor) -> int:
+    """Changes when a row is written to; rows of inference mode are not watched."""
+    return 0 if row.is_inference() else row._version
 
 
 def _put(parts: list[Any], place: int, part: Any) -> list[Any]:
@@ -194,7 +199,7 @@ def _lazily(logits: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[s
     return None
 
 
-_METADATA = {
+METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_sparse", "is_quantized")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.__len__, torch.Tensor.numel, torch.Tensor.is_floating_point}

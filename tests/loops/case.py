@@ -14,6 +14,7 @@ class Case:
     """function: called as function(model, ids, **arguments).  model: makes the model.  batch: rows of the prompts.
 
     refused: None when the loop must be rewritten, else (slot, words of the reason, text of the line it names).
+    partly: words of the note that says why some calls ran the model itself, "" where none may.
     reads: slots by name and the kinds that must be read from the source.
     """
 
@@ -24,6 +25,7 @@ class Case:
     refused: tuple[str, str, str] | None = None
     reads: dict[str, str] = field(default_factory=dict)
     training: bool = False
+    partly: str = ""
     longest: int = 14
 
     @property

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from spelled_models import HandWrittenDecoder, tiny_llama
 
 from loops.case import Case
-from loops.models import VOCABULARY, FlatRowDecoder, LastRowDecoder, OwnCache, ReturnedCache, Translator
+from loops.models import VOCABULARY, FlatRowDecoder, LastRowDecoder, OwnCache, Translator
 
 
 def decoder() -> HandWrittenDecoder:
@@ -194,8 +194,6 @@ CASES = [
          reads={"context": "last token", "positions": "counter", "choice": "exponential race"}),
     Case(slices_of_a_buffer, OwnCache, batch=2, refused=("context", "cache of its own", "model.forward(tokens[:, before:now]"),
          reads={"context": "slice", "positions": "counter"}),
-    Case(cache_handed_back, ReturnedCache, batch=2, refused=("context", "cache of its own", "out = model(feed, past=past)"),
-         reads={"context": "last token", "cache": "passed on"}),
     Case(translate, Translator, batch=2, refused=("guard causality", "not an integer tensor", "model.decoder(words, memory)"),
          reads={"context": "full prefix", "stop": "rows that ended"}),
     Case(stream, decoder, batch=2, reads={"result": "yield"}),
