@@ -127,6 +127,63 @@ def test_tokens_counter_and_flags_are_those_of_the_loop(
         assert torch.equal(one, other)
 
 
+class Telling(Loop):
+    """A loop with a repetition penalty that also carries a step count, a sum and a table of log-probabilities, and counts."""
+
+    def forward(self, buffer: Tensor, at: Tensor, end: Tensor, done: Tensor) -> Any:
+        def going(buffer: Tensor, at: Tensor, end: Tensor, done: Tensor, *told: Tensor) -> Tensor:
+            return (at < end).all() & ~done.all()
+
+        def once(
+            buffer: Tensor,
+            at: Tensor,
+            end: Tensor,
+            done: Tensor,
+            steps: Tensor,
+            total: Tensor,
+            table: Tensor,
+            seen: Tensor,
+        ) -> Any:
+            row = torch.index_select(self.model(buffer), 1, at - 1).squeeze(1) - 0.4 * seen
+            token = row.argmax(-1, keepdim=True)
+            score = row.log_softmax(-1).gather(1, token)
+            table = table.index_copy(1, at, score)
+            seen = seen.scatter_add(1, token, torch.ones_like(score))
+            now = done | (token[:, 0] == END)
+            return (
+                buffer.index_copy(1, at, token),
+                at + 1,
+                end.clone(),
+                now,
+                steps + 1,
+                total + score[:, 0],
+                table,
+                seen,
+            )
+
+        rows = buffer.shape[0]
+        told = (torch.zeros(1, dtype=torch.long), torch.zeros(rows), torch.zeros(rows, LENGTH), torch.zeros(rows, 9))
+        return while_loop(going, once, (buffer, at, end, done, *told))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_a_loop_tells_beside_its_tokens_stays_the_same(rows: int) -> None:
+    torch.manual_seed(2)
+    loop = Telling(HandWrittenDecoder(9, 16, 2, LENGTH, 1)).eval()
+    fast = drafting(loop, 3, rows)
+    assert [slot.detail for slot in fast.report.loops[0].effects] != []
+    fewer = 0
+    for length in range(1, 13):
+        given_ = arguments(torch.randint(0, 9, (rows, length)), LENGTH)
+        with torch.no_grad():
+            expected = loop(*(x.clone() for x in given_))
+            found, passes = passes_of(fast, tuple(x.clone() for x in given_))
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        fewer += int(expected[4].item()) - passes
+    assert fewer > 0
+
+
 @pytest.mark.parametrize("depth", [1, 3, 15])
 def test_what_repeats_takes_fewer_passes(depth: int) -> None:
     loop = Loop(Cycle(), stops=False)

@@ -75,21 +75,17 @@ def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModul
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
     outputs = list(next(iter(reversed(body.graph.nodes))).args[0])
     carried = list(zip(inputs, outputs, strict=False))
-    counters = [(old, new) for old, new in carried if _counts(old, new)]
-    if len(counters) != 1:
-        return refuse("positions", f"{len(counters)} carried integers grow by one per iteration; one is needed.")
-    counter = counters[0][0]
+    counting = [(old, new) for old, new in carried if _counts(old, new)]
+    counters = [pair for pair in counting if any(_written(o, n, pair[0]) and not _floating(o) for o, n in carried)]
+    if len(counters or counting) != 1:
+        found = len(counters or counting)
+        return refuse("positions", f"{found} carried integers grow by one per iteration; one is needed.")
+    counter = (counters or counting)[0][0]
     buffers = [(old, new) for old, new in carried if _written(old, new, counter)]
     ids = [(old, new) for old, new in buffers if not _floating(old)]
     if len(ids) != 1:
         return refuse("write", f"{len(ids)} carried buffers of ids are written at the counter; one is needed.")
     buffer, written = ids[0]
-    caches = [(old, new) for old, new in buffers if _floating(old)]
-    rest = [(old, new) for old, new in carried if (old, new) not in (*buffers, counters[0]) and not _kept(old, new)]
-    flags = [(old, new) for old, new in rest if value_of(old).dtype == torch.bool]
-    if len(flags) < len(rest):
-        odd = next(old for old, new in rest if value_of(old).dtype != torch.bool)
-        return refuse("state", f"the carried tensor `{odd.name}` changes in a way that is not understood.")
     behind = ancestors([written])
     choices = [n for n in behind if WORDS.get(_name(n)) in CHOICES]
     if not choices:
@@ -101,6 +97,14 @@ def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModul
         return refuse(
             "select", "the row of logits that is read is not the one of the last token, at the counter less one."
         )
+    floats = [(old, new) for old, new in buffers if _floating(old)]
+    caches = [pair for pair in floats if row is None or pair[0] in ancestors(row.all_input_nodes)]
+    told = [pair for pair in floats if pair not in caches]
+    rest = [
+        pair for pair in carried if pair not in (*buffers, (counter, _after_one(carried, counter))) and not _kept(*pair)
+    ]
+    flags = [(old, new) for old, new in rest if value_of(old).dtype == torch.bool]
+    told += [pair for pair in rest if pair not in flags]
     whole = any(_name(n) == "embedding" and buffer in n.all_input_nodes for n in behind)
     cond = [n for n in condition.graph.nodes if n.op == "call_function"]
     held = Slot("carried", f"{len(caches)} tensors") if caches else NONE
@@ -113,6 +117,7 @@ def _read(node: Node, condition: torch.fx.GraphModule, body: torch.fx.GraphModul
         processors=tuple(Slot(WORDS[_name(n)], n.name) for n in named), choice=Slot(WORDS[_name(choice)], choice.name),
         write=Slot("slot write", f"{_name(written)} at {counter.name}"),
         stop=tuple(Slot("rows that ended", old.name) for old, _ in flags),
+        effects=tuple(Slot("carried", old.name) for old, _ in told),
         bound=Slot("while", " → ".join(_name(n) for n in cond)), result=Slot("carried tensors", f"{len(carried)}"),
         schedules=(Schedule("derived cache", False, "an exported loop keeps its shapes"),
                    Schedule("draft and verify", *_may_draft(whole, row, choice, caches))),
@@ -171,6 +176,11 @@ def _is_before(node: Node, counter: Node) -> bool:
 
 def _reads(node: Node, counter: Node) -> bool:
     return any(counter in ancestors([n]) for n in node.all_input_nodes)
+
+
+def _after_one(carried: list[tuple[Node, Node]], old: Node) -> Node:
+    """What an iteration makes of a carried value."""
+    return next(new for one, new in carried if one is old)
 
 
 def _kept(old: Node, new: Node) -> bool:
