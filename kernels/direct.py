@@ -9,6 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 import subquad.kernels.narrow_linear  # noqa: F401  (registers its operator)
+from subquad.kernels.narrow_attention import narrow_attention_torch
 from subquad.kernels.prefix_attention import prefix_attention_forward
 from subquad.kernels.recurrence_op import recurrence_forward
 from subquad.kernels.softmax_op import softmax_attention_forward
@@ -24,5 +25,6 @@ def direct() -> dict[OpOverload, Callable[..., Any]]:
         torch.ops.subquad.prefix_attention.default: prefix_attention_forward,
         torch.ops.subquad.recurrence.default: recurrence_forward,
         torch.ops.subquad.narrow_linear.default: wide_linear,
+        torch.ops.subquad.narrow_attention.default: narrow_attention_torch,
         torch.ops.aten.linear.default: wide_linear,
     }

@@ -27,7 +27,7 @@ import subquad.kernels
 from subquad import native_library
 from subquad.ir.errors import SubquadError, first_line
 from subquad.private_cache import cache_root
-from subquad.runtime import graph_file, one_token
+from subquad.runtime import few_tokens, graph_file
 from subquad.runtime.schedule import InputForm, Program, Runner, Varying
 from subquad.runtime.schedule_file import write_form
 
@@ -65,7 +65,7 @@ def machine_key() -> str:
 @functools.cache
 def _sources() -> str:
     """Hash of the source files that decide what is compiled."""
-    here = Path(one_token.__file__)
+    here = Path(few_tokens.__file__)
     sources = [
         here,
         here.parent.parent / "compile_worker.py",

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from subquad.kernels.narrow_linear import C_DECLARATION, DTYPES
+from subquad.kernels.narrow_attention import C_DECLARATION as ATTENTION
+from subquad.kernels.narrow_attention import narrow_attention_torch
+from subquad.kernels.narrow_linear import C_DECLARATION as LINEAR
+from subquad.kernels.narrow_linear import DTYPES
 from subquad.lowering import lower
 from subquad.native_library import build, load
 from subquad.runtime.graph_file import read_graph
 from subquad.runtime.schedule import InputForm, Varying
 from subquad.runtime.schedule_file import read_form
+
+TORCH_FORMS = {
+    torch.ops.subquad.narrow_linear.default: torch.ops.aten.linear.default,
+    torch.ops.subquad.narrow_attention.default: narrow_attention_torch,
+}
+"""What stands for the operators that have C++ forms where these cannot be used."""
 
 
 def main(path: str) -> None:
@@ -37,14 +46,15 @@ def main(path: str) -> None:
 def compile_job(job: dict[str, Any], native: bool) -> None:
     """Compile one graph into the package file job["path"], which appears whole or not at all.
 
-    native: the C++ form of narrow_linear is there; without it, and in dtypes it lacks, projections are library calls.
+    native: the library of C++ forms is there; without it, and in dtypes it lacks, operators take their torch forms.
     """
     forms = [read_form(item) for item in job["inputs"]]
     inputs = tuple(_example(form) for form in forms)
     graph = read_graph(job["graph"])
     if not native or any(t.is_floating_point() and t.dtype not in DTYPES for t in inputs):
-        for node in graph.find_nodes(op="call_function", target=torch.ops.subquad.narrow_linear.default):
-            node.target = torch.ops.aten.linear.default
+        for operator, form in TORCH_FORMS.items():
+            for node in graph.find_nodes(op="call_function", target=operator):
+                node.target = form
     lower(graph)
     _bound(graph, forms)
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
@@ -69,14 +79,17 @@ def _variadic(module: torch.fx.GraphModule) -> bool:
 
 
 def _configuration(native: bool) -> dict[str, Any]:
-    """Inductor settings: fused multiply-add, sums of small parts in one loop, and direct calls of the C++ projection."""
+    """Inductor settings: fused multiply-add, sums of small parts in one loop, and direct calls of the C++ forms."""
     import torch._inductor.config as known
 
     wanted: dict[str, Any] = {"force_pointwise_cat": True}
     if hasattr(known.cpp, "enable_floating_point_contract_flag"):
         wanted["cpp.enable_floating_point_contract_flag"] = "fast"
     if native:
-        wanted["aot_inductor.custom_ops_to_c_shims"] = {torch.ops.subquad.narrow_linear.default: [C_DECLARATION]}
+        wanted["aot_inductor.custom_ops_to_c_shims"] = {
+            torch.ops.subquad.narrow_linear.default: [LINEAR],
+            torch.ops.subquad.narrow_attention.default: [ATTENTION],
+        }
     return wanted
 
 

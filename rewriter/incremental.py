@@ -13,9 +13,9 @@ from subquad.capture import Capture
 from subquad.decoder import Decoder, DecoderPrograms
 from subquad.derivation import derive
 from subquad.ir.errors import GenerationError
-from subquad.one_token_graph import one_token_graph
+from subquad.narrow_graphs import few_token_graph, one_token_graph
 from subquad.packing import arranged, fuse_projections, projection_groups
-from subquad.step_graph import StepGraph
+from subquad.step_graph import StepGraph, copied
 from subquad.weight_storage import Packing, pack
 
 
@@ -52,13 +52,13 @@ def divided(graph: StepGraph, tensors: dict[str, Tensor]) -> tuple[DecoderProgra
         raise GenerationError(f"the model takes {taken}; a decoder gives token ids and a padding mask only.")
     groups = projection_groups(graph.step.graph, tensors)
     packing = arranged(graph.step.graph, tensors, groups)
-    graphs = {"step": _copied(graph.step), "first": _copied(graph.first)}
-    graphs |= {name: _copied(module) for name, module in graph.shared.items()}
+    graphs = {"step": copied(graph.step), "first": copied(graph.first)}
+    graphs |= {name: copied(module) for name, module in graph.shared.items()}
     for module in graphs.values():
         fuse_projections(module, groups)
     _narrow(graphs["step"].graph.nodes)
     _narrow(next(iter(reversed(graphs["first"].graph.nodes))).args[0][:1])  # type: ignore[index]
-    graphs["one"] = one_token_graph(graphs["step"])
+    graphs |= {"one": one_token_graph(graphs["step"]), "few": few_token_graph(graphs["step"])}
     return DecoderPrograms(graph.layout, {name: cut(g) for name, g in graphs.items()}), packing
 
 
@@ -72,12 +72,3 @@ def _narrow(nodes: Iterable[torch.fx.Node]) -> None:
 def attributes(module: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by dotted name, tied ones under each of their names."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-
-
-def _copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph.output(graph.graph_copy(module.graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    return torch.fx.GraphModule(module, graph)

@@ -18,6 +18,16 @@ WRITES = (torch.ops.aten.index_copy_.default, torch.ops.aten.index_put_.default)
 """The operations by which a graph writes to buffers."""
 
 
+def copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The module with a graph of its own, marks of the stream included."""
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return torch.fx.GraphModule(module, graph)
+
+
 def sweep(graph: torch.fx.Graph) -> None:
     """Remove what nothing reads and what writes nothing."""
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in WRITES)

@@ -169,7 +169,7 @@ def test_a_later_class_that_fails_leaves_the_earlier_in_use(monkeypatch: pytest.
 
     def compiled(wanted: dict, report: Callable[[int, int], None]) -> Iterator[tuple[str, dict]]:
         yield "one", {}
-        yield "step", {}
+        yield "few", {}
         raise CompilationError("a decoder program could not be compiled (no room).")
 
     monkeypatch.setattr("subquad.decoder.compile_orders", compiled)
@@ -183,7 +183,7 @@ def test_a_later_class_that_fails_leaves_the_earlier_in_use(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("before", "rows", "wanted"),
-    [(0, 1, None), (0, 2, "first"), (0, 512, "first"), (0, 513, None), (3, 1, "one"), (3, 2, "step"), (3, 16, "step"),
+    [(0, 1, None), (0, 2, "first"), (0, 512, "first"), (0, 513, None), (3, 1, "one"), (3, 2, "few"), (3, 16, "few"),
      (3, 17, None)],
 )  # fmt: skip
 def test_a_call_has_one_class_or_none(before: int, rows: int, wanted: str | None) -> None:

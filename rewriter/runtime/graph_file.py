@@ -10,13 +10,13 @@ import torch
 import torch.fx
 
 from subquad.ir.errors import ArtifactError
-from subquad.runtime import one_token
+from subquad.runtime import few_tokens
 
 Node = torch.fx.Node
 NUMBERS = {
     f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
-FORMS = {f"one_token.{name}": getattr(one_token, name) for name in one_token.FORMS}
+FORMS = {f"few_tokens.{name}": getattr(few_tokens, name) for name in few_tokens.FORMS}
 ATEN = frozenset({
     "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "zeros_like", "ones_like", "full_like",
     "mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax", "cumsum", "layer_norm", "rms_norm", "view",

@@ -88,8 +88,8 @@ class TreeStepper:
         rows, tokens = ids.shape[0], ids.numel()
         if not self.engine.shares:
             return SharingPlan(rows, tokens, tokens, None, "the model reads the log-sum-exp of an attention"), None
-        compiled = next((one.most for one in self.engine.layout.classes if one.name == "step"), 0)
-        compiled = compiled if "step" in self.engine.compiled else 0
+        compiled = next((one.most for one in self.engine.layout.classes if one.name == "few"), 0)
+        compiled = compiled if "few" in self.engine.compiled else 0
         plan = SharingPlan(rows, tokens, tokens, None, "sharing was turned off")
         if self.share:
             plan = plan_sharing(ids, mask).decided(self.engine.layout.token_bytes, compiled)

@@ -38,6 +38,6 @@ def width_classes(recurrent: bool) -> tuple[WidthClass, ...]:
     """
     return (
         WidthClass("one", False, 1, 1),
-        WidthClass("step", False, 2, 16),
+        WidthClass("few", False, 2, 16),
         WidthClass("first", True, 2, CHUNK if recurrent else PROMPT),
     )

@@ -1,0 +1,82 @@
+"""Registers subquad::narrow_attention: softmax attention of a few tokens a row, in C++ inside compiled programs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subquad.kernels.softmax_torch import compute_dtype, softmax_attention_torch
+from subquad.kernels.spec import SoftmaxSpec
+
+C_DECLARATION = (
+    "AOTITorchError aoti_torch_cpu_narrow_attention("
+    "AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle seen, AtenTensorHandle* sinks, "
+    "double scale, double softcap, int64_t empty_rows, AtenTensorHandle* result)"
+)
+EMPTY_ROWS = ("nan", "zero", "mean")
+"""What `empty_rows` counts: the output of a token that sees no key, see SoftmaxSpec."""
+
+
+@torch.library.custom_op("subquad::narrow_attention", mutates_args=())
+def narrow_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, scale: float, softcap: float, empty_rows: int
+) -> Tensor:
+    """Output [B, w, H, V] of softmax attention of q [B, w, H, K] over k [B, S, Hkv, K], v [B, S, Hkv, V], in q's dtype.
+
+    seen: bool [1 or B, w, S], which keys a token sees.  sinks: [H] or None.  softcap: 0 for none.  empty_rows: a place in
+    EMPTY_ROWS.  The C++ form keeps the queries of a KV head in vector lanes, reads keys and values once, as they are stored,
+    for all of them, and sums in fp32: a pass of a few tokens is bound by reading them.  Has no gradient.
+    """
+    return narrow_attention_torch(q, k, v, seen, sinks, scale, softcap, empty_rows)
+
+
+@narrow_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, scale: float, softcap: float, empty_rows: int
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def narrow_attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, scale: float, softcap: float, empty_rows: int
+) -> Tensor:
+    """The traceable form of narrow_attention; one token of one row becomes sums of products, memory-speed loops in Inductor."""
+    cap = None if softcap == 0 else softcap
+    if q.shape[0] == 1 and q.shape[1] == 1:
+        return _one_token(q, k, v, seen, sinks, SoftmaxSpec(scale, cap, None, EMPTY_ROWS[empty_rows]))  # type: ignore[arg-type]
+    table = "t0[b, i, j]" if seen.shape[0] > 1 or q.shape[0] == 1 else "t0[0, i, j]"
+    spec = SoftmaxSpec(scale, cap, table, EMPTY_ROWS[empty_rows])  # type: ignore[arg-type]
+    return softmax_attention_torch(q, [k], [v], [], [], [], None, None, sinks, [seen], [], spec.json())[0]
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, spec: SoftmaxSpec) -> Tensor:
+    """Heads of a KV group are folded into rows; sums of products throughout, in fp32 (fp64)."""
+    wide = compute_dtype(q)
+    kv_heads = k.shape[2]
+    rows = (_made_real(q).to(wide) * spec.scale).unflatten(2, (kv_heads, -1))
+    score = (rows * k.unsqueeze(3)).sum(-1, dtype=wide)
+    if spec.softcap is not None:
+        score = spec.softcap * torch.tanh(score / spec.softcap)
+    score = score.masked_fill(~seen[:, 0, :, None, None], -torch.inf)
+    top = score.amax(1, keepdim=True)
+    if sinks is not None:
+        extra = sinks.to(wide).view(1, 1, kv_heads, -1)
+        top = torch.maximum(top, extra)
+    if spec.empty_rows != "nan":
+        top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    weight = torch.exp(score - top)
+    total = weight.sum(1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(extra - top)
+    elif spec.empty_rows == "zero":
+        total = torch.where(total == 0, torch.ones_like(total), total)
+    mixed = ((weight / total).unsqueeze(-1) * v.unsqueeze(3)).sum(1, dtype=wide)
+    if sinks is None and spec.empty_rows == "mean":
+        mean = v.to(wide).mean(1)[:, :, None]
+        mixed = torch.where((total[:, 0] == 0)[..., None], mean, mixed)
+    return mixed.flatten(1, 2).unsqueeze(1).to(q.dtype)
+
+
+def _made_real(x: Tensor) -> Tensor:
+    """x itself; Inductor stores it before its readers run, instead of computing it again in each of them."""
+    return torch.as_strided(x, x.shape, x.stride())
