@@ -17,7 +17,7 @@ from subquad.decoder import Decoder
 from subquad.derivation import derive
 from subquad.incremental import assembled, attributes, decoder
 from subquad.ir.errors import ArtifactError
-from subquad.one_token_graph import one_token_graph
+from subquad.narrow_graphs import one_token_graph
 from subquad.runtime.graph_file import read_graph, write_graph
 from subquad.runtime.width_class import width_classes
 
