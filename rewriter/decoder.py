@@ -190,7 +190,9 @@ class Decoder:
 
     def _measured(self, most: int, drafter: Drafter | None) -> MeasuredPacing:
         """What was measured of the programs that are in use now and of drafters of this kind, shared by all calls."""
-        return self._pacing.setdefault((len(self.engine.compiled), most, type(drafter)), MeasuredPacing(most))
+        pacing = self._pacing.setdefault((len(self.engine.compiled), most, type(drafter)), MeasuredPacing(most))
+        pacing.begin()
+        return pacing
 
     def compile(self, *, wait: bool = True, report: Report = lambda done, total: None) -> None:
         """Compile the programs of each width class, or load them from the cache; a class is in use once it is whole.

@@ -113,6 +113,24 @@ def test_rests_double_until_a_draft_pays() -> None:
     assert pacing.allowance(1) == MOST - 1
 
 
+def test_a_rest_ends_with_its_call() -> None:
+    """The next text may draft well; if it does not either, it rests sooner than the first did."""
+    pacing = MeasuredPacing()
+
+    def tokens_before_rest() -> int:
+        fed = 0
+        while pacing.allowance(1) or pacing._wide:
+            (tree,) = pacing.cut([star([90] * 15 if pacing.allowance(1) else [])])
+            pacing.record([tree], 1, FLAT(len(tree)))
+            fed += 1
+        return fed
+
+    first = tokens_before_rest()
+    pacing.begin()
+    assert pacing.allowance(1) == MOST - 1
+    assert 0 < tokens_before_rest() < first
+
+
 def test_pacing_shares_a_pass_among_the_rows_by_value() -> None:
     pacing = MeasuredPacing(most=8, costs=PassCosts.measured((1.0, 1.01, 1.03, 1.07, 1.2)))
     good = DraftTree.chain((1, 2, 3, 4, 5, 6), (1.0, 0.9, 0.9, 0.9, 0.9, 0.9))

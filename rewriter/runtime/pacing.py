@@ -75,6 +75,11 @@ class MeasuredPacing:
     _most_wide: int = SOON
     _pause: int = REST
 
+    def begin(self) -> None:
+        """A new call: another text may draft better than the last, so that no rest goes on; of its doubts half do."""
+        self._lost = LOSS / 2 if self._rest > 0 or self._pause > REST else 0.0
+        self._rest, self._idle, self._pause = 0, 0, REST
+
     def allowance(self, rows: int) -> int:
         """Nodes that each of `rows` live rows may draft now; 0 while drafting rests, and for a plain pass now and then."""
         return 0 if self._rest > 0 or self._wide >= self._most_wide else max(0, self.most // rows - 1)
