@@ -25,6 +25,7 @@ from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
 from subquad.passes.canonicalize.lifted_numbers import read_lifted_numbers
 from subquad.passes.canonicalize.mapped import vmap_written_out
+from subquad.passes.canonicalize.partial_sums import parts_added_whole
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.passes.canonicalize.torch_layers import kept_layers, layers_written_out
@@ -181,6 +182,7 @@ def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         made = torch.fx.GraphModule(graph, copied)
     read_lifted_numbers(made)
     without_empty_parts(made)
+    parts_added_whole(made)
     tidy(made)
     return made
 

@@ -190,6 +190,28 @@ class Decays(nn.Module):
         return scores.softmax(-1) @ v
 
 
+class AllButTheFirst(nn.Module):
+    """A bias written into the scores in place, for all tokens but the class token (MViTv2), or for all keys but the first."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.pairs, self.keys = nn.Parameter(torch.randn(HEADS, 32, 32)), nn.Parameter(torch.randn(32))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = raw(q, k)
+        rest = q.shape[2] - 1
+        if self.how == "pairs":
+            scores[:, :, 1:, 1:] += self.pairs[:, :rest, :rest]
+        elif self.how == "keys":
+            scores[..., 1:] -= self.keys[:rest]
+        elif self.how == "factor":
+            scores[:, :, 1:, 1:] *= 2
+        else:
+            scores[:, :, 1:, 1:] += scores[:, :, 1:, 1:].sigmoid()
+        return scores.softmax(-1) @ v
+
+
 class ContextualGate(nn.Module):
     """Positions counted by gates that the scores decide (CoPE): a bias computed from the scores themselves."""
 
@@ -228,5 +250,9 @@ CASES = (
     one("decay of a triangle", partial(Decays, "triangle"), biases=1, mask="causal", scale=SCALE),
     one("decay by a running sum", partial(Decays, "cumulative"), biases=1, mask="causal", scale=SCALE),
     one("decay on both sides", partial(Decays, "both"), biases=1, mask="full", scale=SCALE),
+    one("all but the class token", partial(AllButTheFirst, "pairs"), scale=SCALE, biases=1),
+    one("all keys but the first", partial(AllButTheFirst, "keys"), scale=SCALE, biases=1),
+    one("a factor of all but the first", partial(AllButTheFirst, "factor"), ("slice_scatter",)),
+    one("a part plus its own sigmoid", partial(AllButTheFirst, "own"), ("computed from",)),
     one("contextual positions", ContextualGate, ("computed from",)),
 )
