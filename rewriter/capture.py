@@ -97,19 +97,17 @@ class _Exporting:
                 if given_up:
                     capture.notes.append(f"{given_up} are fixed at the example's sizes: {_reason(first)}.")
                 return capture
-            if not _branches_on_values(first):
-                break
         assert first is not None
         raise CaptureError(_capture_message(self.model, first)) from first
 
     def _readings(self) -> Iterator[ValueReads | None]:
-        """Nothing at first; then, for a forward that branches on values, the values it reads on the example."""
+        """Nothing at first; then, for a forward that reads values, which a graph does not have, those of the example."""
         yield None
         reads = ValueReads()
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))
         args, kwargs = self.objects.restored(args, kwargs)
-        with reads:
+        with reads, contextlib.suppress(Exception):  # what the forward itself raises, the capture has raised before
             self.model(*args, **kwargs)
         for buffer, value in kept:
             buffer.copy_(value)

@@ -142,3 +142,23 @@ def test_a_compiled_region_is_read_through(shape: tuple[int, ...]) -> None:
     got, (report,) = compiled(model, x)
     assert len(report.sites) == 2
     torch.testing.assert_close(got, model(x))
+
+
+class Forwarding(nn.Module):
+    """Layers of a module that looks attributes up itself, as diffusers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(TwoSpellings() for _ in range(2))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](x))
+
+
+def test_paths_of_a_module_that_looks_attributes_up_itself() -> None:
+    _, (report,) = compiled(Forwarding(), X)
+    assert [site.path for site in report.sites] == ["blocks.0", "blocks.0#1", "blocks.1", "blocks.1#1"]

@@ -162,6 +162,34 @@ def test_a_branch_on_two_tensors_being_equal_is_captured_and_guarded() -> None:
             torch.testing.assert_close(fast(*opposite), model(*opposite))
 
 
+class Lengths(nn.Module):
+    """Rows of different lengths, of which the forward makes a set to know whether a mask is needed (Lumina 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        lengths = mask.sum(1).tolist()
+        if len(set(lengths)) == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        seen = mask.new_zeros(*x.shape[:2], dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            seen[row, :length] = True
+        return F.scaled_dot_product_attention(q, k, v, seen[:, None])
+
+
+def test_a_set_of_lengths_is_captured_and_guarded() -> None:
+    mask = torch.arange(7)[None] < torch.tensor([7, 4])[:, None]
+    fast, model = rewritten(Lengths(), (X, mask)), Lengths()
+    assert len(fast.report.applied) == 1
+    torch.testing.assert_close(fast(X, mask), model(X, mask))
+    with pytest.warns(UserWarning, match="branches on a value"):
+        torch.testing.assert_close(fast(X, mask.roll(1, 1) & mask), model(X, mask.roll(1, 1) & mask))
+
+
 class Experts(TwoSpellings):
     """A mixture of experts that loops over those some token chose, found by name, and moves a module to its own dtype."""
 

@@ -53,6 +53,7 @@ def module_path(node: Node) -> str:
         if path.startswith("_empty_nn_module_stack"):
             continue
         path = re.sub(r"^L\[['\"]\w+['\"]\]\.?|^L__self___?", "", path)
+        path = re.sub(r"\.?__dict__\[['\"]_modules['\"]\]", "", path)
         path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]|_modules\[['\"]([^'\"]+)['\"]\]", r".\1\2", path)
         path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
         return path.strip(".")
