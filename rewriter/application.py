@@ -19,7 +19,9 @@ from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.errors import SubquadError
 from subquad.ir.graph import ancestors, rank_of
 from subquad.ir.loop_rewrite import LOOP, LoopRewrite
+from subquad.ir.network_rewrite import NETWORK, NetworkRewrite
 from subquad.ir.plan import Plan
+from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
@@ -75,8 +77,9 @@ def rewritten(model: nn.Module) -> Rewritten | None:
 
 
 def apply_plan(
-    capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, report: Report, loop: LoopRewrite | None = None
-) -> nn.Module:
+    capture: Capture, steps: list[tuple[Site, Rewrite]], plan: Plan, report: Report, loop: LoopRewrite | None = None,
+    network: NetworkRewrite | None = None,
+) -> nn.Module:  # fmt: skip
     """Rewrite the capture's root module in place and return it.
 
     steps: sites with the rewrite each one gets, already admitted.  Only the forwards of the smallest modules that own the
@@ -86,14 +89,36 @@ def apply_plan(
     root = capture.root
     replacements = tuple(replacement(root, site, rewrite) for site, rewrite in steps)
     applied = rewritten_capture(capture, replacements)
-    seam = _has_seam(root, replacements) and _masks_only_hide(report.sites) and _all_dispatched(capture, report)
-    bound = {} if seam else owned_captures(capture, replacements, applied)
+    split = None if network is None else _network(applied, network, report)
+    seam = (
+        split is None
+        and _has_seam(root, replacements)
+        and _masks_only_hide(report.sites)
+        and _all_dispatched(capture, report)
+    )
+    bound = {"": split} if split is not None else {} if seam else owned_captures(capture, replacements, applied)
     record = Rewritten(capture, applied, replacements, plan, report, bound, loop)
     record.redo = lambda: _bind(root, record)
     record.undo = record.redo()
     root.__dict__[STATE] = record
     root.__dict__["report"] = report
     return root
+
+
+def _network(applied: Capture, network: NetworkRewrite, report: Report) -> Capture | None:
+    """The whole graph rewritten; None where it cannot be, and the report then says why."""
+    copied, _ = copy_capture(applied)
+    done = network.rewrite(copied.graph)
+    if isinstance(done, Refusal):
+        report.refused.append(done)
+        return None
+    report.applied.append(network_entry(network, done))
+    return copied
+
+
+def network_entry(network: NetworkRewrite, done: str) -> dict[str, Any]:
+    """The report's words for a rewrite of the whole network; done: what it did."""
+    return {"path": NETWORK, "pass": str(network), "contract": network.contract.value, "mask": "", "what": done}
 
 
 def _bind(root: nn.Module, record: Rewritten) -> Callable[[], None]:

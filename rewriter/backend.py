@@ -10,15 +10,17 @@ import torch
 import torch.fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from subquad.application import network_entry
 from subquad.capture import Capture
 from subquad.emission import emit_site
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.errors import CaptureError, PassError, first_line
+from subquad.ir.network_rewrite import NetworkRewrite
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
-from subquad.pass_spec import parse_passes
+from subquad.pass_spec import parse_passes, parse_request
 from subquad.passes.canonicalize.autocast import autocast_written_out
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
@@ -57,7 +59,9 @@ def compile_graph(
         raise PassError(
             f"the subquad backend has no option {sorted(unknown)[0]!r}; known: {', '.join(sorted(OPTIONS))}."
         )
-    passes = None if options.get("passes") is None else parse_passes(options["passes"])
+    passes, named, network = (None, None, None) if options.get("passes") is None else parse_request(options["passes"])
+    if named is not None:
+        raise PassError(f"{named.name} rewrites the decoding loop of a model; give it to subquad.rewrite.")
     for chosen in passes or ():
         if chosen.contract is Contract.APPROXIMATE:
             raise PassError(
@@ -66,8 +70,8 @@ def compile_graph(
     loop = _loop(graph) if passes is None and options.get("where") is None else None
     if loop is not None and not loop.differentiable:
         reports.append(loop.report)
-        return _looping(loop, lambda: _compiled(graph, example_inputs, passes, options))
-    return _compiled(graph, example_inputs, passes, options)
+        return _looping(loop, lambda: _compiled(graph, example_inputs, passes, options, network))
+    return _compiled(graph, example_inputs, passes, options, network)
 
 
 def _loop(graph: torch.fx.GraphModule) -> UnrolledLoop | None:
@@ -94,9 +98,13 @@ def _looping(loop: UnrolledLoop, compiled: Callable[[], Callable[..., Any]]) -> 
 
 
 def _compiled(
-    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite] | None, options: dict[str, Any]
+    graph: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    passes: list[Rewrite] | None,
+    options: dict[str, Any],
+    network: NetworkRewrite | None,
 ) -> Callable[..., Any]:
-    rewritten, report = _rewritten(graph, example_inputs, passes, options.get("where"))
+    rewritten, report = _rewritten(graph, example_inputs, passes, options.get("where"), network)
     reports.append(report)
     del reports[:-KEEP]
     inner = lookup_backend(options.get("inner", "inductor"))
@@ -116,11 +124,15 @@ def _compiled(
 
 
 def _rewritten(
-    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite] | None, where: str | None
+    graph: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    passes: list[Rewrite] | None,
+    where: str | None,
+    network: NetworkRewrite | None,
 ) -> tuple[torch.fx.GraphModule, Report]:
     """The rewritten graph, or the graph itself and why, whatever goes wrong: what a user compiles has to run."""
     try:
-        return rewrite_dynamo_graph(graph, example_inputs, passes, where)
+        return rewrite_dynamo_graph(graph, example_inputs, passes, where, network)
     except PassError:
         raise
     except Exception as error:
@@ -130,13 +142,18 @@ def _rewritten(
 
 
 def rewrite_dynamo_graph(
-    graph: torch.fx.GraphModule, example_inputs: Sequence[Any], passes: list[Rewrite] | None, where: str | None = None
+    graph: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    passes: list[Rewrite] | None,
+    where: str | None = None,
+    network: NetworkRewrite | None = None,
 ) -> tuple[torch.fx.GraphModule, Report]:
     """The graph with every site replaced that gets a pass, and the report; the others stay as they are.
 
     A graph of which nothing is replaced, or whose writes cannot be made values, is returned itself.
 
-    passes: the ones named; None stands for the exact ones that the cost model predicts to pay.
+    passes: the ones named; None stands for the exact ones that the cost model predicts to pay.  network: the rewrite of
+    the whole graph, for which all sites become operators when no other pass is named.
     """
     original = graph
     try:
@@ -156,15 +173,26 @@ def rewrite_dynamo_graph(
     report = recognise(capture, Report(refusals=kept_layers(graph)))
     copied, mapping = copy_capture(capture)
     sites = [site for site in report.sites if where is None or is_selected(site.path, where)]
+    if network is not None and not passes:
+        passes = parse_passes("fuse")
     for site, chosen in choose(passes, sites, report):
         emit_site(copied.graph, carry_site(site, mapping), chosen.operator(site), {}, "")
         report.applied.append(applied_entry(site, chosen))
     tidy(copied.graph)
+    made = copied.graph
+    if network is not None and report.applied:
+        split, _ = copy_capture(copied)
+        done = network.rewrite(split.graph)
+        if isinstance(done, Refusal):
+            report.refused.append(done)
+        else:
+            made = split.graph
+            report.applied.append(network_entry(network, done))
     for refusal in (*report.refusals, *report.refused):
         log.info("%s", refusal)
     for kept in report.declined:
         log.info("%s: %s", kept.path or "<root>", kept.reason)
-    return copied.graph if report.applied else original, report
+    return made if report.applied else original, report
 
 
 def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -27,8 +27,8 @@ def decorate(target: Any, *, passes: Any, where: str | None, verify: bool) -> An
             from subquad.loop_decoration import decorate_function
             from subquad.pass_spec import parse_request
 
-            sites, loop = ([], None) if passes is None else parse_request(passes)
-            if sites or where is not None:
+            sites, loop, network = parse_request([] if passes is None else passes)
+            if sites or network is not None or where is not None:
                 raise SubquadError(
                     f"{cls.__qualname__} is a function with a loop; patterns, and passes other than speculate, are for models."
                 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from subquad.ir.errors import PassError, did_you_mean
 from subquad.ir.loop_rewrite import LoopRewrite, Pass
+from subquad.ir.network_rewrite import NetworkRewrite
 from subquad.ir.rewrite import Rewrite
 from subquad.passes import discover
 
@@ -40,20 +41,31 @@ def parse_pass(text: str | Pass) -> Pass:
     return make_pass(name.strip(), knobs)
 
 
-def parse_request(passes: str | Pass | Iterable[str | Pass]) -> tuple[list[Rewrite], LoopRewrite | None]:
-    """The rewrites of sites that are asked for, in order, and the rewrite of the decoding loop, of which there is one at most."""
+class Request(NamedTuple):
+    """The passes that are asked for: rewrites of sites in order, one of the decoding loop and one of the network at most."""
+
+    sites: list[Rewrite]
+    loop: LoopRewrite | None
+    network: NetworkRewrite | None
+
+
+def parse_request(passes: str | Pass | Iterable[str | Pass]) -> Request:
+    """One or several written forms by what they rewrite; raises PassError for two of the loop or of the network."""
     parsed = [parse_pass(item) for item in ([passes] if isinstance(passes, (str, Pass)) else passes)]
     loops = [found for found in parsed if isinstance(found, LoopRewrite)]
-    if len(loops) > 1:
-        raise PassError(f"{loops[0]} and {loops[1]} both rewrite the decoding loop; name one.")
-    return [found for found in parsed if isinstance(found, Rewrite)], (loops[0] if loops else None)
+    networks = [found for found in parsed if isinstance(found, NetworkRewrite)]
+    for what, found in (("decoding loop", loops), ("network", networks)):
+        if len(found) > 1:
+            raise PassError(f"{found[0]} and {found[1]} both rewrite the {what}; name one.")
+    sites = [found for found in parsed if isinstance(found, Rewrite)]
+    return Request(sites, loops[0] if loops else None, networks[0] if networks else None)
 
 
 def parse_passes(passes: str | Pass | Iterable[str | Pass]) -> list[Rewrite]:
     """A list of rewrites of sites from one or several written forms."""
-    sites, loop = parse_request(passes)
-    if loop is not None:
-        raise PassError(f"{loop.name} rewrites the decoding loop of a model; give it to subquad.rewrite.")
+    sites, loop, network = parse_request(passes)
+    if (other := loop or network) is not None:
+        raise PassError(f"{other.name} rewrites no attention site; give it to subquad.rewrite.")
     return sites
 
 

@@ -21,6 +21,7 @@ from subquad.ir.contract import Contract
 from subquad.ir.cost import declined
 from subquad.ir.errors import PlanError, SelectionError, did_you_mean
 from subquad.ir.loop_rewrite import LOOP, LoopRewrite, Pass
+from subquad.ir.network_rewrite import NETWORK, NetworkRewrite
 from subquad.ir.plan import Plan, Step
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
@@ -136,7 +137,7 @@ def rewrite(
         return decorate(model, passes=passes, where=where, verify=verify)
     if plan is not None and (passes is not None or where is not None):
         raise PlanError("give either a plan, or passes and a pattern, not both.")
-    chosen, loop = (None, None) if passes is None else parse_request(passes)
+    chosen, loop, network = (None, None, None) if passes is None else parse_request(passes)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     if isinstance(model, nn.Module) and rewritten(model) is not None:
         restore(model)
@@ -153,31 +154,35 @@ def rewrite(
     if inside is not None and (drafting := rewrite_loops(captured, report, inside)) is not None:
         return drafting
     if parsed is not None:
-        steps, loop = planned_steps(parsed, report.sites), planned(parsed)
+        steps, loop, network = planned_steps(parsed, report.sites), planned(parsed), planned_network(parsed)
     else:
         steps = choose(parse_passes(EXACT_DEFAULT) if chosen == [] else chosen, selected_sites(report, where), report)
         loop = chosen_loop(captured.root, loop, passes is None and len(steps) == len(report.sites), report)
-    return carry_out(captured, report, steps, verify, loop)
+    return carry_out(captured, report, steps, verify, loop, network)
 
 
 def carry_out(
-    captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], verify: bool, loop: LoopRewrite | None = None
-) -> nn.Module:
+    captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], verify: bool, loop: LoopRewrite | None = None,
+    network: NetworkRewrite | None = None,
+) -> nn.Module:  # fmt: skip
     """Apply chosen steps to a capture's root, verify them, and roll back what breaks its contract."""
     start = time.perf_counter()
-    root = _apply(captured, report, steps, loop)
+    root = _apply(captured, report, steps, loop, network)
     report.seconds["apply"] = time.perf_counter() - start
     if verify and steps:
         from subquad.verification import failed_steps
 
         start = time.perf_counter()
         broken = failed_steps(root)
+        if network is not None and broken and all(one.passed for one in report.verification if one.rung == "site"):
+            broken = [Refusal(NETWORK, "verification", broken[0].reason)]
+            network = None
         report.seconds["verify"] = time.perf_counter() - start
         if broken:
             report.rolled_back.extend(broken)
             paths = {refusal.path for refusal in broken}
             restore(root)
-            root = _apply(captured, report, [(s, r) for s, r in steps if s.path not in paths], loop)
+            root = _apply(captured, report, [(s, r) for s, r in steps if s.path not in paths], loop, network)
     record = rewritten(root)
     if record is not None and record.bound:
         report.notes.append(_bound_note(list(record.bound)))
@@ -190,9 +195,13 @@ def _bound_note(paths: list[str]) -> str:
     return "forward rebound: " + ", ".join(path or "the whole model" for path in paths[:4]) + more
 
 
-def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], loop: LoopRewrite | None) -> nn.Module:
+def _apply(
+    captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]], loop: LoopRewrite | None,
+    network: NetworkRewrite | None,
+) -> nn.Module:  # fmt: skip
     named: list[tuple[str, Pass]] = [(site.path, step) for site, step in steps]
     named += [(LOOP, loop)] if loop is not None else []
+    named += [(NETWORK, network)] if network is not None else []
     plan = Plan(
         tuple(Step(path, step.name, tuple(sorted(step.knobs().items()))) for path, step in named),
         fingerprint(captured.root),
@@ -201,7 +210,7 @@ def _apply(captured: Capture, report: Report, steps: list[tuple[Site, Rewrite]],
     report.applied = [applied_entry(site, step) for site, step in steps]
     if loop is not None:
         report.applied.append({"path": LOOP, "pass": str(loop), "contract": loop.contract.value, "mask": ""})
-    return apply_plan(captured, steps, plan, report, loop)
+    return apply_plan(captured, steps, plan, report, loop, network)
 
 
 def chosen_loop(root: nn.Module, named: LoopRewrite | None, by_default: bool, report: Report) -> LoopRewrite | None:
@@ -279,12 +288,22 @@ def is_selected(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, pattern.rstrip(".") + ".*")
 
 
+def planned_network(plan: Plan) -> NetworkRewrite | None:
+    """The rewrite of the whole network that a plan holds, None when it holds none."""
+    for step in plan.steps:
+        if step.path == NETWORK:
+            made = make_pass(step.rewrite, dict(step.knobs))
+            assert isinstance(made, NetworkRewrite)
+            return made
+    return None
+
+
 def planned_steps(plan: Plan, sites: list[Site]) -> list[tuple[Site, Rewrite]]:
     """The steps of a plan on a model's sites; raises PlanError for a site that the model lacks or does not admit."""
     by_path = {site.path: site for site in sites}
     steps = []
     for step in plan.steps:
-        if step.path == LOOP:
+        if step.path in (LOOP, NETWORK):
             continue
         site = by_path.get(step.path)
         if site is None:

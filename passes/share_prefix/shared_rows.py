@@ -24,7 +24,7 @@ Node = torch.fx.Node
 
 
 def shared_rows(
-    module: torch.fx.GraphModule, sites: Sequence[Site], declared: Mapping[str, sympy.Basic] | None = None
+    module: torch.fx.GraphModule, sites: Sequence[Site] = (), declared: Mapping[str, sympy.Basic] | None = None
 ) -> Claims:
     """The claim of every node that has one.
 
@@ -49,6 +49,8 @@ def shared_rows(
 
 
 def batch_sizes(module: torch.fx.GraphModule) -> Sizes:
-    """Sizes that count rows: the symbolic first axes of the inputs."""
-    shapes = [shape_of(node) for node in module.graph.nodes if node.op == "placeholder"]
-    return {size_of(shape[0]) for shape in shapes if shape and isinstance(shape[0], torch.SymInt)}
+    """Sizes that count rows: the symbolic first axes of the inputs, or where none is, their fixed ones."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and not node.meta.get("parameter")]
+    firsts = [shape[0] for node in inputs if (shape := shape_of(node))]
+    symbolic = {size_of(size) for size in firsts if isinstance(size, torch.SymInt)}
+    return symbolic or {size_of(size) for size in firsts if size != 1}

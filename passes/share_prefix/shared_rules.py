@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
+import torch.nn.functional as F
 
 from subquad.ir.graph import node_inputs, shape_of, value_of
 from subquad.ir.vocabulary import arguments, kind
@@ -17,6 +18,7 @@ from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mixed_radix import without_divisions
 from subquad.passes.recognize.symbolic_tensor import axis, is_one, size_of
 from subquad.passes.share_prefix.claims import ROW, Claims, Shared, Sizes, everywhere, meet, settled
+from subquad.passes.share_prefix.shared_operators import softmax_operator
 from subquad.passes.share_prefix.shared_products import addmm, convolution, linear, matmul, named_arguments
 
 Node = torch.fx.Node
@@ -34,31 +36,34 @@ def transfer(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
 
 def _by_kind(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     name = kind(node)
-    rule = RULES.get(name) or (NAMED.get(_operation(node)) if name or _is_aten(node) else None)
+    rule = RULES.get(name) or (NAMED.get(operation_name(node)) if name or _is_named(node) else None)
     if rule is not None:
         return rule(node, claims, batch)
     if trace_view(IndexMap(node, _marks(node))) is not None:
         return _movement(node, claims, batch)
-    if _is_pointwise(node):
+    if is_pointwise(node):
         return _pointwise(node, claims, batch)
     return None
 
 
-def _is_aten(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload)
+def _is_named(node: Node) -> bool:
+    """True for an operation of ATen, and for the functions that take a norm's arguments in ATen's order."""
+    return isinstance(node.target, torch._ops.OpOverload) or node.target in (F.layer_norm, F.rms_norm)
 
 
-def _operation(node: Node) -> str:
+def operation_name(node: Node) -> str:
+    """The name of an operation, whatever the dialect."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.partition("::")[2])
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _is_pointwise(node: Node) -> bool:
+def is_pointwise(node: Node) -> bool:
+    """True for an operation that acts element by element and draws no random numbers."""
     if isinstance(node.target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in node.target.tags
         return torch.Tag.pointwise in node.target.tags and not random
-    return kind(node) in POINTWISE or _operation(node) in POINTWISE
+    return kind(node) in POINTWISE or operation_name(node) in POINTWISE
 
 
 def _marks(node: Node) -> tuple[sympy.Basic, ...]:
@@ -133,7 +138,7 @@ def _along(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     dims = named.get("dim", named.get("dims"))
     places = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}
     if {axis(n) for n in places} & claim.symbols:
-        return claim if _operation(node) in RUNNING and axis_of(claim) in places else None
+        return claim if operation_name(node) in RUNNING and axis_of(claim) in places else None
     result = _first_shape(node)
     if len(result) == len(shape):
         return claim
@@ -158,6 +163,8 @@ def _first_shape(node: Node) -> tuple[Any, ...]:
 
 def _normalised(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     """layer_norm and rms_norm over the trailing axes."""
+    if len(node.args) < 2:
+        return None
     source, sizes = node.args[0], node.args[1]
     assert isinstance(source, Node)
     claim, rank = claims.get(source), len(shape_of(source) or ())
@@ -325,6 +332,7 @@ NAMED: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_normalised),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "argmax", "argmin",
                      "var", "var_mean", "std", "norm", "linalg_vector_norm", "amin", "prod", "glu"), _along),
+    "softmax_attention": softmax_operator,
 }  # fmt: skip
 """By operation, for what the vocabulary has no kind."""
 

@@ -1,0 +1,391 @@
+"""Cut a graph at a shared column: what rows have in common is computed for one row, the rest for all, joined by keys and values.
+
+Every tensor of which columns are proved shared is carried as two: its shared columns, of one row, and the rows' own columns.
+An operation that treats columns alone runs on each; attention of own queries reads both stores of keys; what has no rule
+gets the tensors joined again, so that the graph stays the same function.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+
+from subquad.ir.emitter import Emitter
+from subquad.ir.graph import shape_of, source_of, value_of
+from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.recognize.symbolic_tensor import is_one
+from subquad.passes.share_prefix.claims import Claims
+from subquad.passes.share_prefix.shared_operators import softmax_arguments
+from subquad.passes.share_prefix.shared_rules import is_pointwise, operation_name
+
+Node = torch.fx.Node
+aten = torch.ops.aten
+ALONE = {"linear", "embedding", "softmax", "log_softmax", "sum", "mean", "amax", "dropout", "cast", "contiguous"}
+"""Kinds that act on each column by itself where the claim of their result holds."""
+ALONE_BY_NAME = {"layer_norm", "rms_norm", "var", "var_mean", "norm", "linalg_vector_norm", "glu"}
+VIEWS = {"transpose", "t", "permute", "movedim", "unsqueeze", "unflatten", "flatten", "split", "split_with_sizes", "chunk",
+         "unbind", "getitem", "select", "slice", "narrow"}  # fmt: skip
+"""Kinds that move whole rows and columns; sizes, rows and columns are no arguments of theirs."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A tensor, or a tuple of them, as its shared columns of one row and the rows' own columns.
+
+    own: None where all columns are shared.  row, column: axes, of the tensor.  columns: how many are shared, None for all.
+    """
+
+    shared: Node
+    own: Node | None
+    row: int
+    column: int | None
+    columns: sympy.Basic | None
+
+
+class ColumnSplit:
+    """Splits one graph in place; the nodes that compute whole tensors stay behind as dead code."""
+
+    def __init__(self, module: torch.fx.GraphModule, claims: Claims) -> None:
+        self.module, self.claims = module, claims
+        self.splits: dict[Node, Split] = {}
+        self.joined: dict[Node, Node] = {}
+        self.sites = self.keys_only = 0
+        """Attention operators that were split: wholly, or their keys alone."""
+        self.joints: list[Node] = []
+        """Nodes that got tensors joined again although their own result is shared."""
+
+    def run(self) -> None:
+        """Visit all nodes in order."""
+        for node in list(self.module.graph.nodes):
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            self.emit = Emitter(self.module, node)
+            if node.op == "output":
+                self._join_inputs(node)
+            elif not any(source in self.splits for source in node.all_input_nodes):
+                self._source(node)
+            else:
+                self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        found = self._found(node)
+        if isinstance(found, Split):
+            self.splits[node] = found
+        elif found is not None:
+            node.replace_all_uses_with(found)
+        elif all(self.splits[n].own is None for n in node.all_input_nodes if n in self.splits):
+            self._source(node)
+        else:
+            if self._axes(node) is not None:
+                self.joints.append(node)
+            self._join_inputs(node)
+
+    def _found(self, node: Node) -> Split | Node | None:
+        """The node as a split, a node that takes its place, or None where it needs its inputs whole."""
+        if node.target is torch.ops.subquad.softmax_attention.default:
+            return self._attention(node)
+        name = kind(node)
+        if name == "sym_size":
+            return self._size(node)
+        if name == "cat":
+            return self._cat(node)
+        if name in ("view", "expand"):
+            return self._sized(node)
+        if name in VIEWS:
+            return self._moved(node)
+        if name in ALONE or operation_name(node) in ALONE_BY_NAME:
+            return self._alone(node)
+        return self._pointwise(node) if is_pointwise(node) else None
+
+    def _axes(self, node: Node) -> tuple[int, int | None, sympy.Basic | None] | None:
+        """Axes of rows and columns, and the shared columns, as the claim of a node has them."""
+        claim = self.claims.get(node)
+        if claim is None or claim.group != 0 or not claim.row.is_Symbol:
+            return None
+        row = _number(claim.row)
+        if claim.column is None:
+            return row, None, None
+        return (row, _number(claim.column), claim.columns) if claim.column.is_Symbol else None
+
+    def _source(self, node: Node) -> None:
+        """A tensor whose rows are all equal, made from whole ones."""
+        axes, shape = self._axes(node), shape_of(node)
+        if axes is None or axes[1] is not None or shape is None or is_one(shape[axes[0]]):
+            return
+        with self.module.graph.inserting_after(node):
+            first = self.module.graph.call_function(aten.slice.Tensor, (node, axes[0], 0, 1))
+        value = value_of(node)
+        first.meta["val"] = value.narrow(axes[0], 0, 1) if isinstance(value, torch.Tensor) else None
+        self.splits[node] = Split(first, None, axes[0], None, None)
+
+    def _both(self, node: Node, make: Callable[[bool], Node]) -> Split | None:
+        """make(True) for the shared part and make(False) for the own one, as the claim of the node says."""
+        axes = self._axes(node)
+        parts = [self.splits[n] for n in node.all_input_nodes if n in self.splits]
+        cuts = {part.columns for part in parts if part.own is not None}
+        if axes is None:
+            return None
+        if not cuts:
+            return Split(make(True), None, axes[0], None, None) if axes[1] is None else None
+        if len(cuts) > 1 or axes[1] is None or axes[2] not in cuts:
+            return None
+        return Split(make(True), make(False), *axes)
+
+    def _alone(self, node: Node) -> Split | None:
+        """The same operation on the first operand's parts."""
+        taken = [n for n in node.all_input_nodes if n in self.splits]
+        if len(taken) != 1 or (kind(node) == "dropout" and arguments(node)["train"]):
+            return None
+        return self._both(node, lambda shared: self._same(node, shared))
+
+    def _same(self, node: Node, shared: bool) -> Node:
+        def part(source: Node) -> Node:
+            split = self.splits.get(source)
+            return source if split is None else self._part(split, shared)
+
+        return self.emit.operation(node, *torch.fx.node.map_arg((node.args, dict(node.kwargs)), part))
+
+    @staticmethod
+    def _part(split: Split, shared: bool) -> Node:
+        return split.shared if shared or split.own is None else split.own
+
+    def _moved(self, node: Node) -> Split | Node | None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        split = self.splits.get(source)
+        if split is None:
+            return None
+        if shape_of(source) is None:
+            return self._tuple_item(node)
+        named = arguments(node)
+        if kind(node) == "slice" and named["start"] in (None, 0) and named["step"] == 1 and _open(named["end"]):
+            return split
+        if kind(node) in ("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"):
+            place = named["dim"] % len(shape_of(source) or ())
+            if place == split.column:
+                return self._cut(node, split, named)
+            if place == split.row:
+                return None
+        if kind(node) == "getitem" or (kind(node) == "unflatten" and named["dim"] in (split.row, split.column)):
+            return None
+        if shape_of(node) is None:
+            parts = [None if n is None else self._same(node, n is split.shared) for n in (split.shared, split.own)]
+            assert parts[0] is not None
+            return Split(parts[0], parts[1], split.row, split.column, split.columns)
+        return self._both(node, lambda shared: self._same(node, shared))
+
+    def _tuple_item(self, node: Node) -> Split | None:
+        """One of several results."""
+        axes, split = self._axes(node), self.splits[node.args[0]]  # type: ignore[index]
+        if axes is None:
+            return None
+        parts = [
+            None if n is None else self.emit.operation(node, (n, node.args[1]), {}) for n in (split.shared, split.own)
+        ]
+        assert parts[0] is not None
+        return Split(parts[0], parts[1], *axes)
+
+    def _cut(self, node: Node, split: Split, named: dict[str, Any]) -> Node | None:
+        """Columns behind the shared ones: the own part alone."""
+        start = named.get("start")
+        if kind(node) != "slice" or split.own is None or split.columns is None or named.get("step", 1) != 1:
+            return None
+        if not (
+            isinstance(start, int)
+            and _open(named.get("end"))
+            and split.columns.is_Integer
+            and start >= int(split.columns)
+        ):
+            return None
+        begin = start - int(split.columns)
+        return split.own if begin == 0 else self.emit.call(aten.slice.Tensor, split.own, split.column, begin, 2**63 - 1)
+
+    def _size(self, node: Node) -> Node | None:
+        named = arguments(node)
+        split, dim = self.splits[named["x"]], named["dim"]
+        if split.own is None or dim is None:
+            return None
+        dim %= len(shape_of(named["x"]) or ())
+        length = self.emit.call(aten.sym_size.int, split.own, dim)
+        if dim != split.column:
+            return length
+        return self.emit.call(operator.add, length, self._length(split.shared, dim))
+
+    def _length(self, node: Node, dim: int) -> Any:
+        size = (shape_of(node) or ())[dim]
+        return size if isinstance(size, int) else self.emit.call(aten.sym_size.int, node, dim)
+
+    def _sized(self, node: Node) -> Split | None:
+        """A view or expansion, whose sizes are written out."""
+        named, axes = arguments(node), self._axes(node)
+        source, sizes = named["x"], named.get("size")
+        split = self.splits.get(source)
+        if split is None or axes is None or not isinstance(sizes, list | tuple):
+            return None
+        target = aten.reshape.default if kind(node) == "view" else aten.expand.default
+
+        def make(shared: bool) -> Node:
+            part, wide = self._part(split, shared), list(sizes)
+            if shared or split.own is None:
+                wide[axes[0]] = 1
+            if axes[1] is not None:
+                assert split.column is not None
+                wide[axes[1]] = self._length(part, split.column)
+            return self.emit.call(target, part, wide)
+
+        return self._both(node, make)
+
+    def _cat(self, node: Node) -> Split | None:
+        """Shared parts in front, then own ones; or parts side by side along another axis."""
+        named, axes = arguments(node), self._axes(node)
+        parts = list(named["tensors"])
+        if axes is None:
+            return None
+        row, column, columns = axes
+        place = named["dim"] % len(shape_of(node) or ())
+        if place == row:
+            return None
+        if place != column:
+            return (
+                self._both(node, lambda shared: self._same(node, shared))
+                if all(n in self.splits for n in parts)
+                else None
+            )
+        front: list[Node] = []
+        while parts and parts[0] in self.splits and self.splits[parts[0]].own is None:
+            front.append(self.splits[parts.pop(0)].shared)
+        behind: list[Node] = []
+        if parts and parts[0] in self.splits:
+            first = self.splits[parts.pop(0)]
+            assert first.own is not None
+            front.append(first.shared)
+            behind.append(first.own)
+        behind += [self._whole(part) for part in parts]
+        if not front or not behind:
+            return None
+        one, other = (n[0] if len(n) == 1 else self.emit.call(aten.cat.default, n, place) for n in (front, behind))
+        return Split(one, other, row, column, columns)
+
+    def _pointwise(self, node: Node) -> Split | None:
+        axes = self._axes(node)
+        if axes is None:
+            return None
+        rank, column = len(shape_of(node) or ()), axes[1]
+
+        def make(shared: bool) -> Node:
+            cut = next(
+                (s for n in node.all_input_nodes if (s := self.splits.get(n)) is not None and s.own is not None), None
+            )
+
+            def part(source: Node) -> Node:
+                split, shape = self.splits.get(source), shape_of(source)
+                if split is not None and (split.own is not None or cut is None):
+                    return self._part(split, shared)
+                held = source if split is None else split.shared
+                if split is None and shared and shape is not None and (at := axes[0] - (rank - len(shape))) >= 0:
+                    held = held if is_one(shape[at]) else self.emit.call(aten.slice.Tensor, held, at, 0, 1)
+                if shape is None or cut is None or column is None:
+                    return held
+                assert cut.column is not None
+                place = column - (rank - len(shape))
+                if place < 0 or is_one(shape[place]):
+                    return held
+                length = self._length(cut.shared, cut.column)
+                ends = (0, length) if shared else (length, 2**63 - 1)
+                return self.emit.call(aten.slice.Tensor, held, place, *ends)
+
+            return self.emit.operation(node, *torch.fx.node.map_arg((node.args, dict(node.kwargs)), part))
+
+        return self._both(node, make)
+
+    def _attention(self, node: Node) -> Split | Node | None:
+        """Own queries read shared and own keys as segments; shared queries read shared keys alone."""
+        named = softmax_arguments(node)
+        q, (k,), (v,) = named["q"], named["k"], named["v"]
+        query, key, value = (self.splits.get(n) for n in (q, k, v))
+        if key is None or value is None or (key.row, value.row) != (0, 0) or key.columns != value.columns:
+            return None
+        read = torch.utils._pytree.tree_leaves([named[name] for name in ("bias", "sinks", "operands")])
+        given = any(named[name] for name in ("rows", "lengths", "positions")) or named["q_positions"] is not None
+        if given or any(isinstance(n, Node) and n in self.splits for n in read):
+            return None
+        if (key.own is None) != (value.own is None) or (key.own is not None and (key.column, value.column) != (1, 1)):
+            return None
+        if query is None or self.claims.get(node) is None:
+            self.keys_only += 1
+            return self._operator(named, self._whole(q), key, value, None)
+        if query.own is None and key.own is None:
+            self.sites += 1
+            return Split(self._call(named, query.shared, [key.shared], [value.shared], [], None), None, 0, None, None)
+        if query.own is None or key.own is None or query.columns != key.columns or (query.row, query.column) != (0, 1):
+            return None
+        shared = self._call(named, query.shared, [key.shared], [value.shared], [], None)
+        emit = self.emit
+        start, own = self._length(query.shared, 1), self._length(query.own, 1)
+        places = emit.call(
+            aten.arange.start, start, emit.call(operator.add, start, own), dtype=torch.int64, device=_device(q)
+        )
+        at = emit.call(
+            aten.expand.default, emit.call(aten.unsqueeze.default, places, 0), [self._length(query.own, 0), own]
+        )
+        self.sites += 1
+        found = self._operator(named, query.own, key, value, at)
+        return Split(shared, found, 0, 1, query.columns)
+
+    def _operator(self, named: dict[str, Any], q: Node, key: Split, value: Split, at: Node | None) -> Node:
+        """Attention of rows' own queries over the segments of keys."""
+        emit, rows = self.emit, self._length(q, 0)
+        zero = emit.call(aten.zeros.default, [rows], dtype=torch.int64, device=_device(q))
+        k, v, maps = [key.shared], [value.shared], [zero]
+        if key.own is not None and value.own is not None:
+            k, v = [*k, key.own], [*v, value.own]
+            maps.append(emit.call(aten.zeros.default, [0], dtype=torch.int64, device=_device(q)))
+        return self._call(named, q, k, v, maps, at)
+
+    def _call(
+        self, named: dict[str, Any], q: Node, k: list[Node], v: list[Node], rows: list[Node], at: Node | None
+    ) -> Node:
+        given = named | {"q": q, "k": k, "v": v, "rows": rows, "q_positions": at}
+        return self.emit.call(torch.ops.subquad.softmax_attention.default, *given.values())
+
+    def _join_inputs(self, node: Node) -> None:
+        node.args, node.kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._whole)
+
+    def _whole(self, node: Node) -> Node:
+        """The tensor for all rows and columns."""
+        split = self.splits.get(node)
+        if split is None or split.own is None or shape_of(node) is None:
+            return node
+        if node not in self.joined:
+            sizes: list[Any] = [-1] * len(shape_of(node) or ())
+            sizes[split.row] = self._length(split.own, split.row)
+            wide = self.emit.call(aten.expand.default, split.shared, sizes)
+            self.joined[node] = self.emit.call(aten.cat.default, [wide, split.own], split.column)
+        return self.joined[node]
+
+    def first_joint(self) -> str:
+        """Where tensors were joined again although their own result is shared, as a sentence's end; "" for nowhere."""
+        if not self.joints:
+            return ""
+        node = self.joints[0]
+        return f"; {operation_name(node)} at {source_of(node) or node.name} reads shared and own columns together"
+
+
+def _open(end: object) -> bool:
+    """True for the end of a slice that goes to the end."""
+    return end is None or (isinstance(end, int) and end >= 2**62)
+
+
+def _number(symbol: sympy.Basic) -> int:
+    return int(str(symbol)[1:])
+
+
+def _device(node: Node) -> torch.device:
+    value = value_of(node)
+    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
