@@ -17,6 +17,7 @@ from typing import Any
 import llama_peer
 import machine
 import torch
+import trained_drafters
 
 import subquad
 from subquad.ir.decoding import Choice, Drafter
@@ -217,7 +218,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--not-compiled", action="store_true")
     parser.add_argument("--llama-python", default=sys.executable, help="an interpreter that has llama-cpp-python")
-    parser.add_argument("what", nargs="+", choices=("speed", "accepted", "cost"))
+    parser.add_argument(
+        "--heads", nargs="+", default=(), metavar="OUT", help="what `subquad convert` wrote, for `trained`"
+    )
+    parser.add_argument("--train-tokens", type=int, default=200_000, help="to train on, where no --heads are given")
+    parser.add_argument("what", nargs="+", choices=("speed", "accepted", "cost", "trained"))
     arguments = parser.parse_args()
     print(machine.line())
     setup = Setup(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32, not arguments.not_compiled)
@@ -229,6 +234,9 @@ def main() -> None:
             speed(setup, chosen, arguments.tokens, arguments.method, llama)
     if "accepted" in arguments.what:
         accepted(setup, chosen, arguments.tokens, arguments.methods, arguments.rows)
+    if "trained" in arguments.what:
+        rows = [width for width in arguments.rows if width > 1]
+        trained_drafters.compare(setup, chosen, arguments.tokens, rows, arguments.train_tokens, arguments.heads)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`subquad convert OUT --text FILE --tokens N -o OUT2`: train the approximate rewrites of OUT."""
+"""`subquad convert OUT --text FILE --tokens N -o OUT2`: train the approximate rewrites of OUT, and its drafter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from subquad.cli import options
 @options.trust
 @options.as_json
 def command(out: str, text: str, tokens: int, target: str, overwrite: bool, trust: bool, as_json: bool) -> None:
-    """Train whatever parameters the rewrites of OUT added, against the original model; resumes after an interruption."""
+    """Train whatever parameters the rewrites of OUT added, a drafter's too, against the model; resumes after an interruption."""
     from pathlib import Path
 
     import subquad

@@ -231,7 +231,17 @@ def print_conversion(report: Report) -> None:
     rows = [
         [entry.get("stage", ""), entry.get("tokens", ""), *(_number(entry.get(key)) for key in keys)]
         for entry in report.conversion
+        if "guessed" not in entry
     ]
+    for entry in report.conversion:
+        if "guessed" in entry:
+            shares = ", ".join(f"{share:.0%}" for share in entry["guessed"])
+            print(
+                f"{entry['stage']}: trained on {entry['tokens']} tokens in {entry['seconds']:.0f} s; of held-out tokens 1, 2, "
+                f"… places behind the pending one it guesses {shares}"
+            )
+    if not rows:
+        return
     columns = ["stage", "#tokens", "#perplexity", "#of the original", "#after merging", "#KL to it (nats)"]
     print_table("Conversion, on held-out text", columns, rows)
 

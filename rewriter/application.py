@@ -25,6 +25,7 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.ir.site import Site
+from subquad.ir.trained import NOTHING, Trained
 from subquad.ir.vocabulary import kind
 from subquad.owners import owned_captures
 from subquad.replacement import Replacement, learned_tensors, module_of_site, replacement, rewritten_capture
@@ -39,7 +40,7 @@ class Rewritten:
 
     original, applied: the capture before and after (the same parameter objects).  replacements: what was done.
     bound: by module path the rewritten graph that is its forward; none where Hugging Face's registry dispatches.
-    loop: how the model's own decoding loop is rewritten, None when it is not.
+    loop: how the model's own decoding loop is rewritten, None when it is not.  trained: what was trained for its drafters.
     undo: puts the modules' own forwards back.
     """
 
@@ -50,6 +51,7 @@ class Rewritten:
     report: Report = field(default_factory=Report)
     bound: dict[str, Capture] = field(default_factory=dict)
     loop: LoopRewrite | None = None
+    trained: Trained = NOTHING
     undo: Callable[[], None] = field(default=lambda: None, repr=False)
     redo: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None, repr=False)
 
@@ -64,7 +66,8 @@ class Rewritten:
         original, mapping = moved(self.original)
         taken = tuple(replace(r, site=carry_site(r.site, mapping)) for r in self.replacements)
         bound = {path: moved(capture)[0] for path, capture in self.bound.items()}
-        copied = Rewritten(original, moved(self.applied)[0], taken, self.plan, self.report, bound, self.loop)
+        applied = moved(self.applied)[0]
+        copied = Rewritten(original, applied, taken, self.plan, self.report, bound, self.loop, self.trained)
         memo[id(self)] = copied
         copied.redo = lambda: _bind(root, copied)
         copied.undo = lambda: _unbind(root, copied)

@@ -14,6 +14,7 @@ from subquad.application import rewritten
 from subquad.artifact_directory import FORMAT, MANIFEST, PLAN, WEIGHTS, read_manifest
 from subquad.checkpoint_files import check_weights
 from subquad.decoder_writing import write_decoder
+from subquad.drafter_file import read_drafters, write_drafters
 from subquad.emission import PARAMETERS
 from subquad.environment import versions
 from subquad.fingerprint import fingerprint
@@ -34,8 +35,8 @@ def save(model: nn.Module, out: str | Path, overwrite: bool = False) -> Path:
 
     model: what `rewrite`, `convert` or `load` returned.  out: a directory to make, or a name ending in .pt2 for an exported
     program.  overwrite: replace an existing artifact, which stays whole until the new one stands.
-    The directory holds model.safetensors (the model's own names, plus what rewrites added), plan.json, subquad.json and,
-    for a Hugging Face model, its config and tokenizer.
+    The directory holds model.safetensors (the model's own names, plus what rewrites added), plan.json, subquad.json, what
+    was trained for drafters, if anything, in drafters.safetensors and, for a Hugging Face model, its config and tokenizer.
     Raises ArtifactError when the model was not rewritten, `out` exists, or the disk is full.
     """
     target = Path(out)
@@ -77,6 +78,7 @@ def _write(model: Any, directory: Path) -> None:
     source = source_note(model)
     stored = write_weights(model, directory / WEIGHTS)
     (directory / PLAN).write_text(record.plan.to_json(), encoding="utf-8")
+    write_drafters(record.trained, directory)
     huggingface = hasattr(model, "config") and hasattr(model.config, "to_json_file")
     if huggingface:
         write_config(model, directory)
@@ -149,6 +151,8 @@ def load(
     source = _skeleton(directory, manifest, model, trust, dtype)
     fast = rewrite(source.module, plan=plan, example_inputs=source.example_inputs, verify=verify)
     _fill(fast, directory, own=manifest["source"]["kind"] != "huggingface")
+    if (record := rewritten(fast)) is not None:
+        record.trained = read_drafters(directory)
     source.module = fast
     remember_source(source)
     return fast

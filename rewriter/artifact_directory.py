@@ -8,6 +8,7 @@ from typing import Any
 from subquad.checkpoint_files import check_weights
 from subquad.decoder import Decoder
 from subquad.decoder_file import read_decoder
+from subquad.drafter_file import read_drafters
 from subquad.ir.errors import ArtifactError, SubquadError
 from subquad.plan_file import read_plan
 from subquad.speculation_words import planned
@@ -57,5 +58,5 @@ def stored_decoder(directory: Path) -> Decoder | None:
     check_weights(directory / WEIGHTS)
     decoder = read_decoder(directory, directory / WEIGHTS, plan_hash)
     if decoder is not None and (directory / PLAN).is_file():
-        decoder.speculation = planned(read_plan(directory / PLAN))
+        decoder.speculation, decoder.trained = planned(read_plan(directory / PLAN)), read_drafters(directory)
     return decoder

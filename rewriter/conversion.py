@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from subquad.application import rewritten
+from subquad.application import Rewritten, rewritten
 from subquad.artifact import check_output, save
+from subquad.drafter_conversion import convert_drafter, trained_drafter
 from subquad.ir.errors import ConversionError
 from subquad.model_source import source_note
 from subquad.training.adapters import linear_layers
-from subquad.training.checkpoint import Checkpoint, Progress
+from subquad.training.checkpoint import Checkpoint, Progress, unfinished
 from subquad.training.measure import measure
 from subquad.training.session import Session
 from subquad.training.settings import Settings
@@ -26,6 +27,8 @@ from subquad.training.sites import TrainingModel, training_model
 from subquad.training.stages import AdapterTraining, AttentionTransfer, put_back
 from subquad.training.text import Corpus, read_corpus
 
+DRAFTER_SHARE = 4
+"""A drafter that is trained beside attention gets one of so many tokens."""
 COMPILES_FROM = 50_000
 """Tokens from which compiling the training form repays itself."""
 
@@ -41,22 +44,23 @@ def convert(
     measure_on: Sequence[str | Path] = (),
     settings: Settings | None = None,
 ) -> nn.Module:
-    """Train an approximately rewritten language model on a text, save it to `out`, and return it.
+    """Train what the rewrites of a language model added on a text, save it to `out`, and return it.
 
     fast: what `rewrite` or `load` returned, with at least one rewrite that added parameters.  text: a UTF-8 file, plain or
-    .gz.  tokens: budget over both stages.  out: directory to make.  tokenizer: a tokenizers.Tokenizer, or a function from
-    str to ids; None takes the one the model came with.  measure_on: files to measure on; without any, the tokens that
-    follow the training text are held out for it.  settings: everything else; see Settings.
+    .gz.  tokens: budget over all stages; of attention and a drafter the drafter gets a quarter.  out: directory
+    to make.  tokenizer: a tokenizers.Tokenizer, or a function from str to ids; None takes the one the model came with.
+    measure_on: files to measure on; without any, the tokens that follow the training text are held out for it.
+    settings: everything else; see Settings.
 
     Stage 1, attention transfer: each site learns the original's output on the original's inputs.  Stage 2: peft adapters on
     the linear layers of the rewritten modules and the added parameters learn end to end; then the adapters are merged into
     the weights, and saved beside them in `adapter/`.  Perplexity and KL to the original, before and after each stage, are
-    in `report.conversion` and in conversion.json.
+    in `report.conversion` and in conversion.json.  A drafter with parameters (`speculate(method="hydra")` and its like) then
+    learns what the model foretells: half of the tokens are read from the text, half are its own answers to the lines of it.
 
     The state is kept in `<out>.unfinished` until the end: the same call goes on after a kill or Ctrl-C, with the same
     result.  Raises ConversionError (also after Ctrl-C) or ArtifactError; then `fast` is as it was.
     """
-    settings = Settings(tokens=tokens) if settings is None else replace(settings, tokens=tokens)
     target = Path(out)
     if target.suffix == ".pt2":
         raise ConversionError(
@@ -71,6 +75,34 @@ def convert(
     if tokenizer is None:
         source = source_note(fast)
         tokenizer = None if source is None else source.codec
+    account: dict[str, Any] = {}
+    records: list[dict[str, Any]] = []
+    view: TrainingModel | None = None
+    drafter = trained_drafter(record)
+    if drafter is None or any(taken.call.parameters for taken in record.replacements):
+        rest = tokens if drafter is None else tokens - tokens // DRAFTER_SHARE
+        share = Settings(tokens=rest) if settings is None else replace(settings, tokens=rest)
+        view, records = _convert_sites(fast, record, text, tokenizer, measure_on, share, target)
+        account = {"settings": share.json()}
+    if drafter is not None:
+        part, seed = (tokens if view is None else tokens // DRAFTER_SHARE), (0 if settings is None else settings.seed)
+        weights = _weights_digest(fast)
+        records.append(convert_drafter(fast, Path(text), part, target, codec=tokenizer, model=weights, seed=seed))
+    record.report.conversion = records
+    save(fast, target, overwrite)
+    (target / "conversion.json").write_text(json.dumps({**account, "stages": records}, indent=1), encoding="utf-8")
+    if view is not None and view.adapters is not None:
+        view.adapters.save(target / "adapter")
+    for folder in (unfinished(target), unfinished(target, drafter)):
+        shutil.rmtree(folder, ignore_errors=True)
+    return fast
+
+
+def _convert_sites(
+    fast: nn.Module, record: Rewritten, text: str | Path, tokenizer: Any, measure_on: Sequence[str | Path],
+    settings: Settings, target: Path,
+) -> tuple[TrainingModel, list[dict[str, Any]]]:  # fmt: skip
+    """Train the parameters of rewritten attention; returns the view with its merged adapters, and what was measured."""
     corpus = read_corpus(text, tokenizer, settings.used_tokens, 0 if measure_on else settings.held_out)
     _check_ids(fast, corpus)
     texts = {Path(text).name: corpus.held_out}
@@ -79,7 +111,7 @@ def convert(
             Path(name).name: read_corpus(name, tokenizer, settings.length, settings.held_out).all for name in measure_on
         }
     checkpoint = Checkpoint(
-        target.with_name(target.name + ".unfinished"),
+        unfinished(target),
         settings.digest(corpus.digest, record.plan.hash, _weights_digest(fast), *map(str, measure_on)),
     )
     stored = checkpoint.load()
@@ -106,11 +138,7 @@ def convert(
         for name, parameter in fast.named_parameters():
             parameter.requires_grad_(required.get(name, True))
         fast.train(training)
-    record.report.conversion = records
-    save(fast, target, overwrite)
-    _write_beside(view, settings, records, target)
-    checkpoint.remove()
-    return fast
+    return view, records
 
 
 def _train(
@@ -185,10 +213,3 @@ def _weights_digest(model: nn.Module) -> str:
         data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         total = zlib.crc32(data.data, zlib.crc32(name.encode(), total))
     return f"{total:08x}"
-
-
-def _write_beside(view: TrainingModel, settings: Settings, records: list[dict[str, Any]], target: Path) -> None:
-    account = {"settings": settings.json(), "stages": records}
-    (target / "conversion.json").write_text(json.dumps(account, indent=1), encoding="utf-8")
-    if view.adapters is not None:
-        view.adapters.save(target / "adapter")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from subquad.compilation import Order, compile_orders
 from subquad.ir.decoding import Choice, Drafter
 from subquad.ir.errors import SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
+from subquad.ir.trained import NOTHING, Trained
 from subquad.passes.speculate.greedy import Greedy
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
 from subquad.runtime.chance import seeded
@@ -66,6 +67,7 @@ class Decoder:
         self._worker: threading.Thread | None = None
         self._pacing: dict[tuple[int, int, type], MeasuredPacing] = {}
         self._drafters: dict[LoopRewrite, Drafter] = {}
+        self._trained = NOTHING
 
     @property
     def ready(self) -> bool:
@@ -185,8 +187,24 @@ class Decoder:
         return score_rows(self.engine, ids, attention_mask, start, share, on_sharing)
 
     def drafter(self, speculation: LoopRewrite) -> Drafter:
-        """The drafter of a way to speculate; it is kept, so that what it learns serves later calls."""
-        return self._drafters.setdefault(speculation, speculation.drafter())
+        """The drafter of a way to speculate; it is kept, so that what it learns serves later calls.
+
+        Raises GenerationError when its parameters were never trained, or for another model.
+        """
+        if speculation not in self._drafters:
+            self._drafters[speculation] = speculation.drafter(self.trained)
+        return self._drafters[speculation]
+
+    @property
+    def trained(self) -> Trained:
+        """What was trained for drafters, with this model's head of logits; to be set before drafters are asked for."""
+        readout = self.engine.readout
+        return replace(self._trained, head=None if readout is None else readout.weight)
+
+    @trained.setter
+    def trained(self, trained: Trained) -> None:
+        self._trained = trained
+        self._drafters.clear()
 
     def _measured(self, most: int, drafter: Drafter | None) -> MeasuredPacing:
         """What was measured of the programs that are in use now and of drafters of this kind, shared by all calls."""

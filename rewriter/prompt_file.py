@@ -22,10 +22,11 @@ def read_prompts(path: Path) -> list[str]:
         raise GenerationError(f"the prompts in {path} cannot be read: {error}.") from error
     if not lines:
         raise GenerationError(f"{path} holds no prompt; write one a line.")
-    return [_prompt(line, number, path) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+    return [prompt_of(line, number, path) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
 
 
-def _prompt(line: str, number: int, path: Path) -> str:
+def prompt_of(line: str, number: int, path: Path) -> str:
+    """The prompt in one line of JSON; raises GenerationError when there is none."""
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:

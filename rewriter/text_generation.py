@@ -171,7 +171,7 @@ def decoder_of(module: Any) -> Decoder:
     if kept is not None and kept[0] is record:
         return kept[1]  # type: ignore[no-any-return]
     made = decoder(module)
-    made.speculation = record.loop
+    made.speculation, made.trained = record.loop, record.trained
     module.__dict__["_subquad_decoder"] = (record, made)
     return made
 

@@ -14,7 +14,12 @@ from typing import ClassVar
 from subquad.ir.contract import Contract
 from subquad.ir.decoding import Drafter
 from subquad.ir.loop_rewrite import LoopRewrite
+from subquad.ir.trained import NOTHING, Trained
+from subquad.passes.speculate.draft_heads import DraftHeads
+from subquad.passes.speculate.head_drafts import HeadDrafter
+from subquad.passes.speculate.hydra import Hydra
 from subquad.passes.speculate.layer_skip import LayerSkip
+from subquad.passes.speculate.medusa import Medusa
 from subquad.passes.speculate.prompt_lookup import PromptLookup
 from subquad.passes.speculate.suffix_automaton import SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
@@ -26,8 +31,9 @@ from subquad.passes.speculate.union import Union
 class Speculate(LoopRewrite):
     """Draft and verify under exact rules of acceptance.
 
-    method: "auto" (suffix automaton and Token Recycling), "suffix", "ngram" (prompt lookup), "recycling", "trigram" or
-    "layer_skip" (the model itself without some of its blocks).
+    method: "auto" (suffix automaton, Token Recycling, and what was trained for the model), "suffix", "ngram" (prompt lookup),
+    "recycling", "trigram", "layer_skip" (the model itself without some of its blocks), or what `convert` trains: "medusa" or
+    "hydra".
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
     """
@@ -43,8 +49,8 @@ class Speculate(LoopRewrite):
     prompt_lookup_min: int = 1
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"the method {self.method!r} is unknown; known: {', '.join(sorted(METHODS))}.")
+        if self.method not in KNOWN:
+            raise ValueError(f"the method {self.method!r} is unknown; known: {', '.join(KNOWN)}.")
         if self.num_speculative_tokens < 1:
             raise ValueError(f"num_speculative_tokens is {self.num_speculative_tokens}; it must be at least 1.")
         if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
@@ -53,16 +59,41 @@ class Speculate(LoopRewrite):
                 "the first must be at least 1 and at most the second."
             )
 
-    def drafter(self) -> Drafter:
-        """A drafter that has learnt nothing yet."""
-        return METHODS[self.method](self)
+    @property
+    def trains(self) -> str | None:
+        """The method, when it drafts with parameters that are trained."""
+        return self.method if self.method in HEADS else None
+
+    def drafter(self, trained: Trained = NOTHING) -> Drafter:
+        """A drafter that has learnt nothing yet beyond what was trained."""
+        if self.method in HEADS:
+            return head_drafter(self.method, trained)
+        return METHODS[self.method](self, trained)
 
 
-METHODS: dict[str, Callable[[Speculate], Drafter]] = {
-    "auto": lambda knobs: Union((SuffixMatch(), TokenRecycling())),
-    "suffix": lambda knobs: SuffixMatch(most=knobs.num_speculative_tokens),
-    "ngram": lambda knobs: PromptLookup(knobs.num_speculative_tokens, knobs.prompt_lookup_max, knobs.prompt_lookup_min),
-    "recycling": lambda knobs: TokenRecycling(),
-    "trigram": lambda knobs: TrigramTree(),
-    "layer_skip": lambda knobs: LayerSkip(tokens=min(LayerSkip.tokens, knobs.num_speculative_tokens)),
+HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra)}
+"""Heads that `convert` trains, by the word for them."""
+
+
+def head_drafter(name: str, trained: Trained) -> HeadDrafter:
+    """Drafts by trained heads; raises GenerationError when there are none for this model."""
+    return HeadDrafter(HEADS[name].restored(*trained.of(name)))
+
+
+def _default(knobs: Speculate, trained: Trained) -> Drafter:
+    heads = [head_drafter(name, trained) for name in HEADS if name in trained.parameters]
+    return Union((SuffixMatch(), TokenRecycling(), *heads))
+
+
+METHODS: dict[str, Callable[[Speculate, Trained], Drafter]] = {
+    "auto": _default,
+    "suffix": lambda knobs, _: SuffixMatch(most=knobs.num_speculative_tokens),
+    "ngram": lambda knobs, _: PromptLookup(
+        knobs.num_speculative_tokens, knobs.prompt_lookup_max, knobs.prompt_lookup_min
+    ),
+    "recycling": lambda knobs, _: TokenRecycling(),
+    "trigram": lambda knobs, _: TrigramTree(),
+    "layer_skip": lambda knobs, _: LayerSkip(tokens=min(LayerSkip.tokens, knobs.num_speculative_tokens)),
 }
+"""Ways to draft that need no training."""
+KNOWN = tuple(sorted((*METHODS, *HEADS)))

@@ -61,6 +61,14 @@ class SkippingStepper(Protocol):
         """Logits [n, V] of a chain behind one row without some blocks; nothing is pending afterwards."""
 
 
+@runtime_checkable
+class RevealingStepper(Protocol):
+    """A Stepper that can tell what its head of logits read."""
+
+    def hidden(self, row: int, nodes: Sequence[int]) -> Tensor:
+        """What the head of logits multiplies by its weight [V, d], behind nodes of one row's tree verified last: [n, d]."""
+
+
 OpenStepper = Callable[[], RollbackStepper]
 """Makes a stepper that holds nothing yet."""
 
@@ -93,13 +101,15 @@ class Verified:
     """What one pass settled for one sequence.
 
     tree: what was verified.  path: the accepted nodes, the root first.  tokens: what was committed, in order; the last one is
-    pending now.  logits: the model's unprocessed logits [nodes, V].
+    pending now.  logits: the model's unprocessed logits [nodes, V].  hidden: nodes → what the head of logits read behind
+    them, [n, d]; computed when it is asked for, until the next pass; None where the stepper cannot tell.
     """
 
     tree: DraftTree
     path: tuple[int, ...]
     tokens: tuple[int, ...]
     logits: Tensor
+    hidden: Callable[[Sequence[int]], Tensor] | None = None
 
 
 @dataclass(frozen=True)

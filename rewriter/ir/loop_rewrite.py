@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from subquad.ir.contract import Contract
+from subquad.ir.trained import NOTHING, Trained
 
 if TYPE_CHECKING:
     from subquad.ir.decoding import Drafter
@@ -40,6 +41,14 @@ class LoopRewrite(Pass):
 
     num_speculative_tokens: int = 15
 
+    @property
+    def trains(self) -> str | None:
+        """The drafter whose parameters `convert` trains, None for one that needs none."""
+        return None
+
     @abstractmethod
-    def drafter(self) -> Drafter:
-        """A drafter that has learnt nothing yet; it serves all calls of one decoder."""
+    def drafter(self, trained: Trained = NOTHING) -> Drafter:
+        """A drafter that has learnt nothing yet beyond what was trained; it serves all calls of one decoder.
+
+        Raises GenerationError when its parameters are missing or belong to another model.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 from subquad.ir.errors import GenerationError
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.pass_inputs import StepInputs, Tokens, lag, next_tokens, prompt_inputs
+from subquad.runtime.readout import Readout, find_readout
 from subquad.runtime.schedule import Runner, Schedule
 from subquad.runtime.state import DecoderState, Pending, Recurrence, commit, cut_back, new_state, remember, reserve
 
@@ -147,6 +149,12 @@ class DecodeEngine:
     def blocks(self) -> int:
         """Parts of the network, one after another on the residual stream, that `verify` can leave out."""
         return self.eager["step"].schedule.tail
+
+    @functools.cached_property
+    def readout(self) -> Readout | None:
+        """The head of logits, None when the network does not end in one product with a weight."""
+        step = self.eager["step"]
+        return find_readout(step.schedule, step.calls)
 
     def probe(self, chosen: Executor, state: DecoderState, ids: Tensor, before: int) -> Tensor:
         """Run one pass of an executor as if `before` tokens had come before; the state is of no use afterwards."""

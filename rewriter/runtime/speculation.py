@@ -15,6 +15,7 @@ from subquad.ir.decoding import (
     Choice,
     Drafter,
     Drafting,
+    RevealingStepper,
     SelfDrafting,
     SkippingStepper,
     Stepper,
@@ -139,6 +140,7 @@ def speculate(
             row.drafting = None if row.ended else drafter.start((*prompt, new[0].token), row.choice)
             if isinstance(row.drafting, SelfDrafting) and isinstance(stepper, SkippingStepper) and stepper.blocks:
                 row.drafting.attach(stepper.blocks, functools.partial(stepper.skipping, row.number))
+    reveal = stepper.hidden if isinstance(stepper, RevealingStepper) else None
     while not all(row.ended for row in rows):
         start = time.perf_counter()
         trees = _trees(rows, stepper, pacing, first.shape[-1])
@@ -151,7 +153,8 @@ def speculate(
         done = time.perf_counter()
         for row, tree, (path, new), logits in zip(rows, trees, walked, verified, strict=True):
             if row.drafting is not None and tree is not None and not row.ended:
-                row.drafting.observe(Verified(tree, tuple(path), tuple(e.token for e in new), logits))
+                hidden = functools.partial(reveal, row.number) if reveal is not None else None
+                row.drafting.observe(Verified(tree, tuple(path), tuple(e.token for e in new), logits, hidden))
         end = time.perf_counter()
         pacing.record(trees, sum(len(new) for _, new in walked), end - start)
         fed = sum(len(tree) for tree in trees if tree is not None)

@@ -47,6 +47,7 @@ class TreeStepper:
         self.cache = cache
         self.state: DecoderState | None = None
         self.order: list[int] | None = None
+        self._stream: Tensor | None = None
 
     @property
     def trees(self) -> bool:
@@ -112,11 +113,19 @@ class TreeStepper:
         if any(tree is not None and not tree.is_chain for tree in trees):
             above = [(-1,) * width if tree is None else tree.parents + (-1,) * (width - len(tree)) for tree in trees]
             parents = torch.tensor(above, device=self.engine.device)
-        logits, _ = self.engine.verify(self.state, torch.tensor(filled, device=self.engine.device), parents)
+        nodes = torch.tensor(filled, device=self.engine.device)
+        logits, self._stream = self.engine.verify(self.state, nodes, parents)
         found = [row[:length] for row, length in zip(logits, lengths, strict=True)]
         if self.order is None:
             return found
         return [row for _, row in sorted(zip(self.order, found, strict=True), key=lambda pair: pair[0])]
+
+    def hidden(self, row: int, nodes: Sequence[int]) -> Tensor:
+        """What the head of logits read behind nodes of one row of the last `verify`, [n, d]."""
+        assert self._stream is not None
+        assert self.engine.readout is not None
+        place = row if self.order is None else self.order.index(row)
+        return self.engine.readout.reads(self._stream[place, list(nodes)].unsqueeze(1))
 
     @property
     def blocks(self) -> int:

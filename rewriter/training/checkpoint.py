@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,11 @@ class Progress:
     losses: dict[str, float] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+
+
+def unfinished(target: Path, part: str | None = None) -> Path:
+    """Where the state of a conversion to `target` is kept until its end, or of a part of it."""
+    return target.with_name(".".join([target.name, *([part] if part else []), "unfinished"]))
 
 
 class Checkpoint:
@@ -86,10 +90,6 @@ class Checkpoint:
         for old in self.directory.glob("*.safetensors*"):
             if old.name != name:
                 old.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Delete the directory."""
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -76,6 +76,12 @@ def read_corpus(path: str | Path, tokenizer: Any, training: int, held_out: int) 
     return Corpus(everything[:training].clone(), everything[training:].clone())
 
 
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a text file; raises ConversionError as `read_corpus` does."""
+    for piece in _pieces(path):
+        yield from piece.splitlines()
+
+
 def _opened(path: Path) -> IO[str]:
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
