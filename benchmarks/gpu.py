@@ -7,8 +7,11 @@ so and exits with status 2; --rehearse walks the same path on a CPU with tiny si
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import os
+import shutil
 import statistics
 import sys
 import time
@@ -30,10 +33,15 @@ from gpu_cases import (
     softmax_timing,
 )
 
+from subquad.codegen import recurrence_template, softmax_template
+
 BUDGET = 450.0
 """Seconds after which no further case is started."""
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-4}
 """RMS ratio that a check must stay under."""
+CASE_TOLERANCE = {"bfloat16": 0.05, "float32": 1e-4}
+"""The same for the cases with optional inputs, among which are delta rules with beta up to 2."""
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 Row = dict[str, Any]
 
 
@@ -59,20 +67,53 @@ def check(case: tuple[str, str, str, str, int]) -> Row:
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
-def checks(device: torch.device, size: int) -> list[Row]:
-    """Every kernel's check, several processes at a time."""
-    cases = [("softmax", name, str(device), "bfloat16", size) for name in SOFTMAXES]
-    cases += [("recurrence", name, str(device), "bfloat16", size) for name in RECURRENCES]
-    with ProcessPoolExecutor(min(8, len(cases)), mp_context=multiprocessing.get_context("spawn")) as pool:
+def check_case(wished: dict[str, Any]) -> Row:
+    """One case of tests/codegen_cases.py, whose optional inputs and states the operators of `check` do not have."""
+    sys.path.append(str(TESTS))
+    from codegen_runner import errors
+
+    begin = time.perf_counter()
+    told = " ".join(f"{name}={value}" for name, value in wished.items() if name not in ("op", "device", "dtype"))
+    row: Row = {"operator": f"{wished['op']}: {told}", "dtype": wished["dtype"], "head size": wished["shape"][2]}
+    try:
+        found = errors(wished)
+        row |= {"error": max(found.values()), "worst": max(found, key=found.__getitem__)}
+        row["right"] = row["error"] <= CASE_TOLERANCE[wished["dtype"]]
+    except Exception as failure:
+        row |= {"error": None, "right": False, "failure": f"{type(failure).__name__}: {str(failure)[:300]}"}
+    return row | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def checks(device: torch.device, rehearse: bool) -> list[Row]:
+    """Every operator's check in bf16 with heads of 64, then the cases of every optional input, several processes at a time;
+    a rehearsal takes a few of the cases.
+    """
+    sys.path.append(str(TESTS))
+    from codegen_cases import QUICK, THOROUGH
+
+    named = [("softmax", name, str(device), "bfloat16", 64) for name in SOFTMAXES]
+    named += [("recurrence", name, str(device), "bfloat16", 64) for name in RECURRENCES]
+    cases = [case | {"device": str(device), "dtype": "float32"} for case in QUICK]
+    cases += [case | {"device": str(device), "dtype": "bfloat16"} for case in (*QUICK, *THOROUGH)]
+    if rehearse:
+        named, cases = [], [cases[0], cases[len(QUICK) - 2]]
+    with ProcessPoolExecutor(1 if rehearse else 8, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = []
-        for row in pool.map(check, cases):
+        for row in itertools.chain(pool.map(check, named), pool.map(check_case, cases)):
             rows.append(row)
             said = row.get("failure") or f"{row['error']:.1e}"
             print(
-                f"  {row['operator']:28s} {'right' if row['right'] else 'WRONG'}  {said}  {row['seconds']} s",
+                f"  {row['operator'][:60]:60s} {'right' if row['right'] else 'WRONG'}  {said}  {row['seconds']} s",
                 flush=True,
             )
     return rows
+
+
+def unchecked(kernels: Path) -> list[str]:
+    """The kernels that were never printed into the cache `kernels`, and so never ran."""
+    known = {f"softmax_attention_{part}" for part in softmax_template.WRITERS}
+    known |= {f"recurrence_{part}" for part in recurrence_template.WRITERS}
+    return sorted(known - {path.stem.rsplit("_", 1)[0] for path in kernels.glob("*.py")})
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -223,6 +264,8 @@ def table(result: dict[str, Any]) -> str:
             ", ".join(peers) or "none",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if result.get("unchecked"):
+        lines += ["", f"Kernels that no check ran: {', '.join(result['unchecked'])}."]
     if result["left out"]:
         lines += ["", f"Left out for time: {result['left out']} cases."]
     return "\n".join(lines) + "\n"
@@ -244,16 +287,21 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"device": name, "versions": _versions(), "checks": [], "timings": [], "left out": 0}
     out = Path(chosen.out)
     out.mkdir(parents=True, exist_ok=True)
+    os.environ["SUBQUAD_CACHE"] = str(out.resolve())
+    shutil.rmtree(out / "kernels", ignore_errors=True)
 
     def write() -> None:
         result["seconds"] = round(time.perf_counter() - begin, 1)
         (out / "gpu.json").write_text(json.dumps(result, indent=1))
         (out / "gpu.md").write_text(table(result))
 
-    if not chosen.rehearse:
-        print("checks", flush=True)
-        result["checks"] = checks(device, 64)
-        write()
+    print("checks", flush=True)
+    if chosen.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        print("  none: a rehearsal runs them with TRITON_INTERPRET=1")
+    else:
+        result["checks"] = checks(device, chosen.rehearse)
+    result["unchecked"] = unchecked(out / "kernels")
+    write()
     result["limits"] = limits(device, 128 if chosen.rehearse else 8192)
     print("timings", flush=True)
     cases = timing_cases(chosen.rehearse, device, dtype)
@@ -270,7 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
         write()
     write()
     print(table(result))
-    return 0 if all(row["right"] for row in result["checks"]) else 1
+    complete = chosen.rehearse or not result["unchecked"]
+    return 0 if complete and all(row["right"] for row in result["checks"]) else 1
 
 
 def _versions() -> str:

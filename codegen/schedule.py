@@ -20,6 +20,10 @@ SPLIT = 6
 """What operands in fp32 cost beside those in bf16: two parts of twice the width, each kept for every product it enters."""
 
 
+BESIDE = {"grad_states": 12, "grad_keys": 24, "grad_transform": 32}
+"""Tiles of rows by columns that decays in two levels keep beside the others; a kernel with more such products keeps more."""
+
+
 REPEATING = ("output", "grad_values")
 """Kernels that compute the scores again for every block of values, so that more warps come before smaller blocks."""
 
@@ -83,7 +87,7 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         found += (sides * pad(parts.spec.feature_dim) + chunk) * pad(parts.spec.key_dim)
     if part == "output" and parts.what.window:
         found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
-    found = 2 * found + 8 * rows if channel and found else found
+    found = 2 * found + BESIDE.get(part, 8) * rows if channel and found else found
     return SPLIT * found if parts.spec.dtype == "float32" else found
 
 
@@ -113,7 +117,7 @@ def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:
     """The schedule of a chunk, and whether the registers hold what its kernels keep."""
     special, fits = [], True
     for part in RECURRENCE_PARTS:
-        blocks = (64, 32, 16) if parts.spec.dtype == "float32" else (64, 32)
+        blocks = (64, 32, 16) if parts.spec.dtype == "float32" or parts.decay == "channel" else (64, 32)
         options = [(block, warps) for warps in (4, 8) for block in blocks]
         if part in REPEATING:
             options.sort(key=lambda option: -option[0])
