@@ -8,8 +8,8 @@ from subquad.codegen import tuned
 from subquad.codegen.recurrence_parts import Parts, pad
 from subquad.ir.kernel_spec import KernelSpec
 
-REGISTERS = 200
-"""fp32 values per thread that a kernel may keep by the model's count; above it programs get more warps."""
+REGISTERS = {"cuda": 200, "hip": 140}
+"""fp32 values per thread that a kernel may keep by the model's count; above it programs get more warps or smaller tiles."""
 
 
 SOFTMAX_REGISTERS = 130
@@ -20,8 +20,12 @@ SPLIT = 6
 """What operands in fp32 cost beside those in bf16: two parts of twice the width, each kept for every product it enters."""
 
 
-BESIDE = {"grad_states": 12, "grad_keys": 24, "grad_transform": 32}
+BESIDE = {"grad_states": 12, "grad_keys": 26, "grad_transform": 32}
 """Tiles of rows by columns that decays in two levels keep beside the others; a kernel with more such products keeps more."""
+
+
+EARLY = {"prepare": 1.0, "grad_states": 1.0, "grad_transform": 1.0, "grad_keys": 2.0, "grad_values": 2.25}
+"""What a kernel for sm_80 keeps beside one for sm_90 (1.5 times as much for all others, channel decays the same)."""
 
 
 REPEATING = ("output", "grad_values")
@@ -65,10 +69,12 @@ RECURRENCE_PARTS = (
 def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
     """fp32 values that one program of a recurrence kernel keeps at once: a count of its tiles, calibrated on builds for sm_90.
 
-    Before sm_90 both operands of a product are kept in registers too, which inverses and carried gradients feel.
+    Before sm_90 both operands of a product are kept in registers too: EARLY as much in all, and twice the tiles of inverses
+    and carried gradients.
     """
     delta, channel = int(parts.delta), parts.decay == "channel"
-    operands = 2 if parts.spec.target == "cuda:80" else 1
+    early = parts.spec.target == "cuda:80"
+    operands = 2 if early else 1
     tile, blocks = max((one.pad for one in parts.blocks), default=16), len(parts.blocks)
     square, rows, values, state = chunk * chunk, chunk * tile, chunk * block, tile * block
     counts = {
@@ -87,6 +93,7 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         found += (sides * pad(parts.spec.feature_dim) + chunk) * pad(parts.spec.key_dim)
     if part == "output" and parts.what.window:
         found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
+    found = int(found * EARLY.get(part, 1.5)) if early and not channel else found
     found = 2 * found + BESIDE.get(part, 8) * rows if channel and found else found
     return SPLIT * found if parts.spec.dtype == "float32" else found
 
@@ -117,12 +124,15 @@ def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:
     """The schedule of a chunk, and whether the registers hold what its kernels keep."""
     special, fits = [], True
     for part in RECURRENCE_PARTS:
-        blocks = (64, 32, 16) if parts.spec.dtype == "float32" or parts.decay == "channel" else (64, 32)
+        early = parts.spec.target == "cuda:80" and part == "grad_keys"
+        narrow = parts.spec.dtype == "float32" or parts.decay == "channel" or early
+        blocks = (64, 32, 16) if narrow else (64, 32)
         options = [(block, warps) for warps in (4, 8) for block in blocks]
         if part in REPEATING:
             options.sort(key=lambda option: -option[0])
         width = pad(parts.spec.value_dim)
-        fitting = [o for o in options if live_values(part, parts, chunk, min(o[0], width)) <= REGISTERS * 32 * o[1]]
+        most = 32 * REGISTERS[parts.spec.target.partition(":")[0]]
+        fitting = [o for o in options if live_values(part, parts, chunk, min(o[0], width)) <= most * o[1]]
         fits = fits and bool(fitting)
         special.append((part, fitting[0] if fitting else options[-1]))
     return Schedule(chunk, 64, 4, tuple(special)), fits
@@ -137,7 +147,9 @@ def softmax_schedule(spec: KernelSpec, rows: int) -> Schedule:
 
 
 def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
-    """Schedules worth measuring, the model's choice first: tiles whose accumulators fit the registers."""
+    """Schedules worth measuring, the model's choice first: tiles whose accumulators fit the registers, before sm_90 with
+    both forms of the operands that grad_keys transposes.
+    """
     key, value = pad(spec.key_dim), pad(spec.value_dim)
     tried = [(128, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 8), (32, 32, 8)]
     if rows <= 16 and spec.part == "forward":
@@ -153,6 +165,7 @@ def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
         tiles += 2 * block_q * block_kv * (("bias" in spec.flags) + bool(spec.tables))
         wide = 2.5 if spec.dtype == "float32" else 1.0
         loads = (block_q * key + block_kv * (key + value)) // 2
+        loads *= 3 if spec.target == "cuda:80" and spec.part == "grad_keys" else 1
         if (kept.get(spec.part, 0) + tiles + loads) * wide <= SOFTMAX_REGISTERS * 32 * warps:
             found.append(Schedule(block_q, block_kv, warps))
     return found or [Schedule(16, 16, 4)]

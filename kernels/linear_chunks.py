@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.kernels.delta_states import Corrected, corrected
 from subquad.kernels.pair_scores import channel_scores, scalar_weights, unit_inverse
 from subquad.kernels.sizes import surely
 
@@ -27,6 +28,7 @@ class Chunks:
     query, key [L, n, C, F] are features; value [L, n, C, V]; decay [L, n or 1, C, 1 or F] log decays of at most 0, or None;
     beta [L, n, C, 1] for the delta update, or None. A token with zero key, beta and decay changes nothing. C is a power of
     two where decay has F columns or beta is given. gentle promises that the log decays of no chunk sum to less than -SPAN.
+    differentiated: gradients will be asked for.
     """
 
     query: Tensor
@@ -35,6 +37,7 @@ class Chunks:
     decay: Tensor | None
     beta: Tensor | None
     gentle: bool = False
+    differentiated: bool = False
 
 
 def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,8 @@ def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
         strict = chunks.beta * gates.scores(key, faded, -1)
         inverse = unit_inverse(strict) * chunks.beta.transpose(-1, -2)
         recalled, fresh = torch.matmul(inverse, gates.from_start(key)), torch.matmul(inverse, value)
-        before, value, final = _corrected(recalled, fresh, leaving, gates.log_rate, start)
+        form = Corrected.apply if chunks.differentiated else corrected
+        before, value, final = form(recalled, fresh, leaving, gates.log_rate, start)  # type: ignore[no-untyped-call]
     inside = torch.matmul(gates.scores(query, faded, 0), value)
     if before is None:
         return inside, final
@@ -161,17 +165,3 @@ def _triangle(added: Tensor, log_rate: Tensor | None, start: Tensor | None) -> t
     if start is not None:
         joined = joined + torch.exp(total)[..., None] * start[:, None]
     return joined[:, :-1], joined[:, -1]
-
-
-def _corrected(
-    recalled: Tensor, fresh: Tensor, leaving: Tensor, log_rate: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States before each chunk, values less what the state recalls of their keys, and the last state; chunk by chunk."""
-    before, values = [], []
-    rates = None if log_rate is None else torch.exp(log_rate.expand(-1, fresh.shape[1], -1))[..., None]
-    for chunk in range(fresh.shape[1]):
-        before.append(state)
-        values.append(torch.baddbmm(fresh[:, chunk], recalled[:, chunk], state, alpha=-1))
-        kept = state if rates is None else state * rates[:, chunk]
-        state = torch.baddbmm(kept, leaving[:, chunk], values[-1])
-    return torch.stack(before, 1), torch.stack(values, 1), state

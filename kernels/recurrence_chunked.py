@@ -39,6 +39,7 @@ def recurrence_chunked(
     spec: RecurrenceSpec,
     deep: bool = False,
     gentle: bool = False,
+    differentiated: bool = False,
 ) -> Result:
     """The operator subquad::recurrence for causal specs; O(T (chunk + window)) memory, traceable unless delta has several
     chunks.
@@ -46,7 +47,7 @@ def recurrence_chunked(
     A shared window delays keys: with E the window's history (w slots, oldest first) followed by the T new keys, token i
     evicts E[i] into the state and sees E[i+1 .. i+w] by softmax. With p that softmax, the window's share of the
     denominator is gamma / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves
-    the window's masks to the band alone; `gentle` is that of Chunks.
+    the window's masks to the band alone; `gentle` and `differentiated` are those of Chunks.
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
@@ -94,7 +95,7 @@ def recurrence_chunked(
 
         rows = None if weight is None else split(weight)[..., None]
         given = None if start is None else start.flatten(0, 1)
-        out, last = run(Chunks(split(phi_q), split(phi_k), split(columns), gates, rows, gentle), given)
+        out, last = run(Chunks(split(phi_q), split(phi_k), split(columns), gates, rows, gentle, differentiated), given)
         return (x.unflatten(0, phi_q.shape[:2]) for x in (out.flatten(1, 2), last))  # type: ignore[return-value]
 
     ones = added.new_ones(*added.shape[:3], 1)

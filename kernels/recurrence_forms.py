@@ -111,7 +111,12 @@ def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
     for (start, stop, deep), carry in zip(reversed(walk), reversed(starts), strict=True):
         block = _block(arguments, start, stop, carry)
         found = named_gradients(
-            block, _gradients(partial(_run_block, what=what, deep=deep), block, [grads[0][:, start:stop], *carried])
+            block,
+            _gradients(
+                partial(_run_block, what=what, deep=deep, differentiated=True),
+                block,
+                [grads[0][:, start:stop], *carried],
+            ),
         )
         if len(walk) > 1:
             carried = [found.pop(name) for name in STATE[:3] if name in found]
@@ -135,20 +140,22 @@ def feature_width(arguments: Arguments) -> Any:
     return width(RecurrenceSpec.parse(arguments["spec"]).key_map, arguments["k"].shape[3], arguments["feature_k"])
 
 
-def _run(named: Arguments, what: RecurrenceSpec, deep: bool = False, gentle: bool = False) -> Result:
+def _run(
+    named: Arguments, what: RecurrenceSpec, deep: bool = False, gentle: bool = False, differentiated: bool = False
+) -> Result:
     names = ("q", "k", "v", "decay", "feature_q", "feature_k", "valid", "state", "seen")
     given = {name: named[name] for name in names}
     if not what.causal:
         return recurrence_both(**given, spec=what)
     given |= {name: named[name] for name in ("beta", "window_gate", "window_k", "window_v")}
-    return recurrence_chunked(**given, spec=what, deep=deep, gentle=gentle)
+    return recurrence_chunked(**given, spec=what, deep=deep, gentle=gentle, differentiated=differentiated)
 
 
-def _run_block(named: Arguments, what: RecurrenceSpec, deep: bool) -> Result:
+def _run_block(named: Arguments, what: RecurrenceSpec, deep: bool, differentiated: bool = False) -> Result:
     """`_run` for values at hand: gates that stay open enough take the cheaper products."""
     decay = named["decay"]
     gentle = decay is not None and decay.numel() > 0 and float(decay.detach().amin()) * CHUNK >= -SPAN
-    return _run(named, what, deep, gentle)
+    return _run(named, what, deep, gentle, differentiated)
 
 
 def _unchanged(arguments: Arguments, what: RecurrenceSpec) -> Result:
