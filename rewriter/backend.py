@@ -25,6 +25,7 @@ from subquad.passes.canonicalize.autocast import autocast_written_out
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.joined_axes import axes_joined
 from subquad.passes.canonicalize.lifted_numbers import read_lifted_numbers
 from subquad.passes.canonicalize.mapped import vmap_written_out
 from subquad.passes.canonicalize.partial_sums import parts_added_whole
@@ -211,6 +212,7 @@ def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     read_lifted_numbers(made)
     without_empty_parts(made)
     parts_added_whole(made)
+    axes_joined(made)
     tidy(made)
     return made
 

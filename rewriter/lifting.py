@@ -20,6 +20,7 @@ from subquad.ir.graph import attribute, hang, source_of
 from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
+from subquad.passes.canonicalize.joined_axes import axes_joined
 from subquad.passes.canonicalize.partial_sums import parts_added_whole
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
@@ -103,6 +104,7 @@ def from_exported_program(
             node.target = torch.ops.aten.reshape.default
     without_empty_parts(module)
     parts_added_whole(module)
+    axes_joined(module)
     tidy(module)
     result = Capture(module, owner, tuple(inputs), "aten", example, constants, out_spec, guards=guards)
     if isinstance(owner, ProgramModule):

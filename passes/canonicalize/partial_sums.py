@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.fx.node import map_arg
 
-from subquad.ir.graph import dtype_of, rank_of, shape_of, value_of
+from subquad.ir.graph import dtype_of, rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
+from subquad.passes.canonicalize.emitting import emit
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -88,9 +88,9 @@ def _sum(node: Node, written: Node, x: Node, other: Node, dim: int, ends: Any, a
         return None
     after = 0 if stop is None else size - stop
     pads = [0, 0] * ((rank_of(node) or 1) - 1 - dim) + [first, after]
-    padded = _emit(node, aten.constant_pad_nd.default, spread, pads, 0.0)
+    padded = emit(node, aten.constant_pad_nd.default, spread, pads, 0.0)
     operator = aten.add.Tensor if kind(written) == "add" else aten.sub.Tensor
-    return _emit(node, operator, x, padded, **({} if alpha == 1 else {"alpha": alpha}))
+    return emit(node, operator, x, padded, **({} if alpha == 1 else {"alpha": alpha}))
 
 
 def _spread(node: Node, other: Node, dim: int, wide: Any) -> Node | None:
@@ -103,7 +103,7 @@ def _spread(node: Node, other: Node, dim: int, wide: Any) -> Node | None:
         return None
     sizes = [wide, *[1] * (-at - 1), *[-1] * len(held)] if at < 0 else [-1] * len(held)
     sizes[max(at, 0)] = wide
-    return _emit(node, aten.expand.default, other, sizes)
+    return emit(node, aten.expand.default, other, sizes)
 
 
 def _uncut(node: Node) -> Node:
@@ -166,16 +166,3 @@ def _same_content(node: Any) -> Any:
             return node
         node = source
     return node
-
-
-def _emit(place: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new operation in front of a node, with its fake value and that node's place in the code."""
-    with place.graph.inserting_before(place):
-        made = place.graph.call_function(target, args, kwargs)
-    made.meta = {
-        key: place.meta[key] for key in ("nn_module_stack", "stack_trace", "source_fn_stack") if key in place.meta
-    }
-    values = map_arg((args, kwargs), value_of)
-    with value_of(place).fake_mode, torch.no_grad():
-        made.meta["val" if "val" in place.meta else "example_value"] = target(*values[0], **values[1])
-    return made

@@ -186,6 +186,28 @@ class Mapped(nn.Module):
         return torch.vmap(torch.vmap(self.one))(q, k, v).transpose(1, 2).flatten(2)
 
 
+class SeveralAxes(nn.Module):
+    """Features on two axes: rows of an alignment share one map of probabilities (MSA Transformer), or windows are weighted
+    as a whole by one token each (SepViT)."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.tied = tied
+        self.q, self.k, self.v = (nn.Linear(WIDTH, n * WIDTH) for n in ((3, 3, 3) if tied else (1, 1, 3)))
+        self.out = nn.Parameter(torch.randn(3, HEADS, SIZE, WIDTH) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, HEADS, SIZE)) for f in (self.q, self.k, self.v))
+        if self.tied:
+            q, k, v = (y.permute(2, 1, 0, 3, 4) for y in (q, k, v))
+            p = (torch.einsum("rinhd,rjnhd->hnij", q, k) * SCALE).softmax(-1)
+            return torch.einsum("rinhd,rhdo->nio", torch.einsum("hnij,rjnhd->rinhd", p, v), self.out)
+        q, k = (y.squeeze(2).transpose(1, 2) for y in (q, k))
+        p = (torch.einsum("bhid,bhjd->bhij", q, k) * SCALE).softmax(-1)
+        o = torch.einsum("bhij,bhjwd->bhiwd", p, v.permute(0, 3, 1, 2, 4))
+        return torch.einsum("bhiwd,whdo->bio", o, self.out)
+
+
 WORDS = {"heads": HEADS, "head_dim": SIZE, "scale": SCALE, "mask": "full"}
 
 
@@ -211,6 +233,8 @@ CASES = (
     one("heads, batch", partial(Layout, "hbtd")),
     one("heads merged in front of the batch", partial(Layout, "hbtd", True)),
     Case("a product per head", partial(Layout, "list"), hidden(), ({"heads": 1, "head_dim": SIZE},) * HEADS),
+    one("rows of an alignment tied", partial(SeveralAxes, True), head_dim=3 * SIZE),
+    one("windows weighted as a whole", partial(SeveralAxes, False), value_dim=3 * SIZE),
     one("no heads", OneHead, heads=1, head_dim=WIDTH, scale=1.0),
     one("no heads and no batch", partial(OneHead, True), heads=1, head_dim=WIDTH, scale=1.0),
     one("vmap twice", partial(Mapped, False)),
