@@ -25,12 +25,19 @@ FEW = 8
 """Rows of one call up to which they are computed one by one."""
 
 
+def pays(step: StepModel) -> bool:
+    """Whether answering a call costs less than the call: with a cache it is one of a single token, which only programs that
+    are compiled beat."""
+    return step.decoder.ready
+
+
 class CachedRun(LoopRun):
     """One execution of a loop whose calls take a cache and new tokens alone."""
 
     def __init__(self, model: LoopModel) -> None:
         super().__init__(model)
         self.known: list[Held] = []
+        self.calls = 0
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of one call of the model."""
@@ -44,6 +51,11 @@ class CachedRun(LoopRun):
         before = self._tokens(parts)
         if before is None:
             return self._original(original, args, kwargs, "its cache was filled, read or changed by other code")
+        if parts.cache is None and model.step is not None and keeping.place is None and self.calls > 0:
+            with refuse_by(model):
+                readable(model.step, model.uses)
+            return super().call(original, args, kwargs)
+        self.calls += 1
         if model.step is None:
             keeping.empty = copy.deepcopy(parts.cache)
         whole, why = keeping.form.whole(parts, before, copy.deepcopy(keeping.empty))
@@ -58,6 +70,12 @@ class CachedRun(LoopRun):
         if model.step is None:
             return self._begin(original, args, kwargs, parts, whole)
         self.ready()
+        if model.compared >= COMPARED and not pays(model.step):
+            model.note("the loop's own cache served while the decoder's programs were not compiled")
+            model.step.compile()
+            out = self._original(original, args, kwargs, None)
+            self._remember(parts, out, tokens)
+            return out
         if model.compared < COMPARED or keeping.tested < tokens.shape[1] or self._needs_shapes(parts):
             return self._beside(original, args, kwargs, parts, inputs)
         return self._answered(original, parts, inputs, tokens, whole)
@@ -146,7 +164,7 @@ class CachedRun(LoopRun):
             self._compare(step, out, tokens, mask)
             if held is not None and shapes is not None:
                 study(keeping, held, shapes, out, parts)
-                readable(step, model.uses, spellings(keeping.place))
+                readable(step, model.uses, spellings(keeping.place, out))
                 model.compared += 1
             if model.compared >= COMPARED and keeping.tested < tokens.shape[1]:
                 model.passed.append(long_calls(original, keeping, step, parts, tokens.shape[1]))

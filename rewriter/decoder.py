@@ -14,6 +14,7 @@ from subquad.ir.decoding import Choice, Drafter
 from subquad.ir.errors import SubquadError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.ir.trained import NOTHING, Trained
+from subquad.kept_costs import KeptCosts
 from subquad.passes.speculate.greedy import Greedy
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
 from subquad.runtime.chance import seeded
@@ -21,6 +22,7 @@ from subquad.runtime.decode_engine import DecodeEngine, executor
 from subquad.runtime.generation import check_prompt, in_step
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.pacing import MOST, MeasuredPacing, Pacing
+from subquad.runtime.pass_costs import PassCosts
 from subquad.runtime.processors import processors
 from subquad.runtime.schedule import Schedule
 from subquad.runtime.scoring import score_rows
@@ -48,6 +50,11 @@ def _and_then(passes: Iterator[Pass], done: Callable[[], None]) -> Iterator[Pass
     done()
 
 
+def _label(key: tuple[int, int, type]) -> str:
+    _, most, drafter = key
+    return f"{drafter.__module__}.{drafter.__qualname__}|{most}"
+
+
 class Decoder:
     """Prefill, step, rollback and generation of one model.  States belong to calls, so threads may share a decoder."""
 
@@ -68,6 +75,7 @@ class Decoder:
         self._pacing: dict[tuple[int, int, type], MeasuredPacing] = {}
         self._drafters: dict[LoopRewrite, Drafter] = {}
         self._trained = NOTHING
+        self._costs = KeptCosts(programs.schedules)
 
     @property
     def ready(self) -> bool:
@@ -172,7 +180,7 @@ class Decoder:
             stepper, ids, attention_mask, choice=choice, plain=plain, ending=ending, drafter=drafter,
             pacing=pacing if pacing is not None else self._measured(min(most, MOST), drafter),
         )  # fmt: skip
-        return _and_then(passes, stepper.keep)
+        return _and_then(passes, lambda: self._keep(stepper))
 
     def score(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, start: Sequence[int], share: bool = True,
@@ -208,9 +216,20 @@ class Decoder:
 
     def _measured(self, most: int, drafter: Drafter | None) -> MeasuredPacing:
         """What was measured of the programs that are in use now and of drafters of this kind, shared by all calls."""
-        pacing = self._pacing.setdefault((len(self.engine.compiled), most, type(drafter)), MeasuredPacing(most))
+        key = (len(self.engine.compiled), most, type(drafter))
+        if key not in self._pacing:
+            costs = self._costs.read(_label(key)) if self.complete and drafter is not None else PassCosts()
+            self._pacing.setdefault(key, MeasuredPacing(most, costs))
+        pacing = self._pacing[key]
         pacing.begin()
         return pacing
+
+    def _keep(self, stepper: TreeStepper) -> None:
+        """At the end of a call: what was computed of its prompt, and what passes were measured to cost."""
+        stepper.keep()
+        for key, pacing in list(self._pacing.items()):
+            if key[0] == len(self.programs.layout.classes) and key[2] is not type(None):
+                self._costs.write(_label(key), pacing.costs)
 
     def compile(self, *, wait: bool = True, report: Report = lambda done, total: None) -> None:
         """Compile the programs of each width class, or load them from the cache; a class is in use once it is whole.

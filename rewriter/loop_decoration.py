@@ -72,7 +72,7 @@ def told(report: Report, loop: Loop, model: LoopModel | None) -> None:
         report.refusals = [
             Refusal(loop.path, f"loop: guard {guard}", sentence, loop.model.source, loop.model.detail, "loop")
         ]
-    elif model.step is not None:
+    elif model.step is not None and (model.answered > 0 or not passes_cache(loop)):
         names = ", ".join(s.name for s in report.loops[0].schedules if s.applies)
         report.applied = [{"path": loop.path, "pass": names, "contract": "lossless", "mask": ""}]
         report.notes.append(
@@ -94,6 +94,9 @@ def schedules(loop: Loop, model: LoopModel | None) -> tuple[Schedule, ...]:
     if model is not None and model.step is None:
         return (Schedule(CACHE, False, "the model was not called yet"),)
     kept = "the loop feeds the whole prefix each time; keys and values of earlier tokens are kept"
+    if passes_on and model is not None and model.answered == 0:
+        why = "the loop keeps a cache itself; calls are answered once the decoder is compiled, which a small model's is not"
+        return (Schedule(CACHE, False, why),)
     if passes_on:
         kept = f"the tokens in `{loop.cache.detail}` are known; what it holds is computed when the loop reads it"
     return (

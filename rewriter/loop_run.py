@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
@@ -134,6 +135,9 @@ class LoopRun:
         kept = _copies(args), {key: _copies(value) for key, value in kwargs.items()}
         out = original(*args, **kwargs)
         with refuse_by(model):
+            odd = [type(v).__name__ for v in pytree.tree_leaves((args, kwargs)) if _may_change(v)]
+            if odd:
+                raise Broken("arguments", f"a call is given a {odd[0]}, which the model may change.")
             held = deterministic(model.root, original, *kept, out)
             model.step = step_model(model.root, *kept, out)
             readable(model.step, model.uses)
@@ -181,6 +185,11 @@ def refuse_by(model: LoopModel) -> Iterator[None]:
     except SubquadError as error:
         guard = "capture" if isinstance(error, CaptureError) else "causality"
         model.step, model.refused = None, (guard, first_line(error) + ".")
+
+
+def _may_change(value: Any) -> bool:
+    """True for an object of a class that is neither Python's nor torch's own, as caches are."""
+    return type(value).__module__.partition(".")[0] not in ("builtins", "torch")
 
 
 def _copies(value: Any) -> Any:

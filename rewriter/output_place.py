@@ -88,11 +88,12 @@ def filled(template: Any, values: dict[Any, Any]) -> Any:
     return made
 
 
-def spellings(place: Any) -> frozenset[str]:
-    """How source code reads a place, in the words of `Reading.uses`."""
+def spellings(place: Any, out: Any = None) -> frozenset[str]:
+    """How source code reads a place, in the words of `Reading.uses`; a mapping's values by number too, as in the output `out`."""
     if place == WHOLE:
         return frozenset()
     name = place.name if isinstance(place, Attribute) else place
-    if name == "logits":
-        return frozenset({"logits", "item 0"})
-    return frozenset({f"attribute {name}", f"item {name!r}"})
+    found = {"logits"} if name == "logits" else {f"attribute {name}", f"item {name!r}"}
+    if isinstance(out, dict) and name in out:
+        found.add(f"item {list(out).index(name)}")
+    return frozenset(found | ({"item 0"} if name == "logits" else set()))

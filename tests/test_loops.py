@@ -18,6 +18,7 @@ from loops.case import Case
 from transformers import DynamicCache
 
 import subquad
+from subquad import cached_run
 from subquad.cli.inspect_printing import loop_fields
 from subquad.generation_loop import generation_loop
 from subquad.ir.decoding import Verified
@@ -31,6 +32,28 @@ from subquad.step_model import held
 SHARED: dict[Any, Any] = {}
 """Models of loops that must be rewritten: they are captured once."""
 CASES = [*plain.CASES, *traps.CASES, *cached.CASES]
+
+
+@pytest.fixture(autouse=True)
+def _as_if_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops with a cache of their own are answered, as they are once programs are compiled."""
+    monkeypatch.setattr(cached_run, "pays", lambda step: True)
+
+
+def test_a_loop_with_a_cache_is_answered_as_soon_as_programs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(cached_run, "pays", lambda step: (asked.append(1), len(asked) > 14)[1])
+    model, fast = model_of(cached.CASES[0]), subquad.rewrite(cached.prefill_then_steps)
+    ids = torch.randint(0, 41, (1, 5))
+    with torch.no_grad():
+        want = cached.prefill_then_steps(model, ids)
+        assert torch.equal(fast(model, ids), want)
+        assert not fast.report.applied
+        assert any("while the decoder's programs were not compiled" in note for note in fast.report.notes)
+        assert not fast.report.loops[0].schedules[0].applies
+        assert torch.equal(fast(model, ids), want)
+    assert fast.report.applied
+    assert "6 calls of the model were answered by the decoder, 18 by itself" in fast.report.notes
 
 
 def model_of(case: Case) -> Any:
@@ -307,6 +330,9 @@ SPECULATED = [
     traps.CASES[2],
     traps.CASES[6],
     traps.CASES[10],
+    cached.CASES[0],
+    cached.CASES[1],
+    cached.CASES[5],
 ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -153,7 +155,8 @@ def _read(scope: Scope, loop: ast.For | ast.While, calls: list[_Call]) -> Readin
 def _row(scope: Scope, loop: ast.For | ast.While, found: _Call) -> Row:
     """What becomes of the row: in the helper that calls the model first, then in the loop."""
     if found.scope is scope:
-        return read_row(scope, loop.body, found.call, set())
+        row = read_row(scope, loop.body, found.call, set())
+        return row if row.choice else _round(scope, loop, found, row)
     inner = read_row(found.scope, found.scope.tree.body, found.call, set())
     returned = next(
         (n.value for n in own_nodes(found.scope.tree) if isinstance(n, ast.Return) and n.value is not None), None
@@ -165,12 +168,27 @@ def _row(scope: Scope, loop: ast.For | ast.While, found: _Call) -> Row:
         for target, value in assignments(loop):
             if found.outer in list(ast.walk(value)) or names_in(value) & outer.tokens:
                 outer.tokens.add(target)
+    if not inner.choice and not outer.choice:
+        outer = _round(scope, loop, found, outer)
     return Row(
         inner.select + outer.select,
         inner.processors + outer.processors,
         inner.choice + outer.choice,
         outer.floats,
         outer.tokens,
+    )
+
+
+def _round(scope: Scope, loop: ast.For | ast.While, found: _Call, row: Row) -> Row:
+    """The row of a loop that calls its model last: the token is chosen in front of the next call."""
+    before = list(itertools.takewhile(lambda s: not any(n is found.outer for n in ast.walk(s)), loop.body))
+    first = read_row(scope, before, None, row.floats)
+    return Row(
+        row.select + first.select,
+        row.processors + first.processors,
+        row.choice + first.choice,
+        row.floats | first.floats,
+        row.tokens | first.tokens,
     )
 
 
@@ -247,11 +265,26 @@ def _carried(
             positions = Slot("counter", said(argument), scope.line(argument))
         elif "mask" in words:
             continue
-    if cache == NONE and any((k.arg or "").startswith("past") for k in found.call.keywords):
-        held = next(k.value for k in found.call.keywords if (k.arg or "").startswith("past"))
-        if not (isinstance(held, ast.Constant) and held.value is None):
-            cache = Slot("object", said(held), scope.line(held))
+    if cache == NONE:
+        held = _cache_object(found)
+        cache = NONE if held is None else Slot("object", said(held), scope.line(held))
     return cache, positions
+
+
+def _cache_object(found: _Call) -> ast.expr | None:
+    """An argument that may be a cache to which the model writes: by its parameter's or its own name, or hidden in `**options`."""
+    names = list(inspect.signature(type(found.root).forward).parameters)[1:]
+    given = list(zip(names, found.call.args, strict=False)) + [(k.arg or "past", k.value) for k in found.call.keywords]
+    for name, argument in given:
+        words = f"{name} {argument.id if isinstance(argument, ast.Name) else ''}".lower()
+        named = (
+            name.startswith("past")
+            or ("cache" in words and not name.startswith(("use_", "cache_pos")))
+            or "kv" in words
+        )
+        if named and not isinstance(argument, ast.Constant):
+            return argument
+    return None
 
 
 def _kept_tokens(scope: Scope, loop: ast.For | ast.While, row: Row) -> Slot:

@@ -23,11 +23,12 @@ class PassCosts:
     """Relative costs of passes by the tokens fed.
 
     Two passes in a row run in the same context and beside the same other work, so that their ratio says how their widths
-    compare, while seconds alone would not.  Only ratios of costs mean something.
+    compare, while seconds alone would not.  Only ratios of costs mean something.  pairs: how many were compared so far; the
+    more, the less one moves the costs.
     """
 
     logarithms: list[float] = field(default_factory=lambda: [math.log(cost) for cost in EXPECTED])
-    _pairs: int = 0
+    pairs: int = 0
     _last: tuple[int, float] | None = None
 
     @staticmethod
@@ -45,8 +46,8 @@ class PassCosts:
         if last is None or last[0] == width:
             return
         error = math.log(seconds / last[1]) - math.log(self.of(width) / self.of(last[0]))
-        move = max(LEAST, STEP / (1 + self._pairs / SOON)) * max(-JUMP, min(JUMP, error))
-        self._pairs += 1
+        move = max(LEAST, STEP / (1 + self.pairs / SOON)) * max(-JUMP, min(JUMP, error))
+        self.pairs += 1
         for at, sign in ((width, 1.0), (last[0], -1.0)):
             for n, share in _shares(at):
                 self.logarithms[n] += sign * move * share

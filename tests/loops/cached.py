@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from loops.case import Case
 from loops.models import VOCABULARY, ReturnedCache
@@ -204,6 +204,84 @@ def writes_to_its_keys(model, ids, count=12):
     return ids
 
 
+def results_by_number(model, ids, count=12):
+    out = model(ids)
+    past, best = out[1], torch.argmax(out[0][..., -1, :], dim=-1, keepdim=True)
+    made = [best]
+    for _ in range(count):
+        logits, past = model(best, past_key_values=past)[:2]
+        best = torch.argmax(logits[..., -1, :], dim=-1, keepdim=True)
+        made.append(best)
+    return torch.cat([ids, *made], -1)
+
+
+def options_in_a_dictionary(model, ids, count=12):
+    options = {"past_key_values": DynamicCache(), "attention_mask": torch.ones_like(ids)}
+    for _ in range(count):
+        out = model(input_ids=ids[:, options["past_key_values"].get_seq_length() :], **options)
+        best = out.logits[:, -1, :].argmax(-1)
+        ids = torch.cat([ids, best[:, None]], -1)
+        options["attention_mask"] = torch.cat([options["attention_mask"], torch.ones_like(best[:, None])], -1)
+    return ids
+
+
+def one_call(model, token, past):
+    out = model(input_ids=token, past_key_values=past, use_cache=True)
+    return out.logits[:, -1, :], out.past_key_values
+
+
+def chooses_before_it_calls(model, ids, count=12):
+    row, past = one_call(model, ids, None)
+    for _ in range(count):
+        best = row.argmax(-1, keepdim=True)
+        ids = torch.cat([ids, best], 1)
+        row, past = one_call(model, best, past)
+    return ids
+
+
+def preallocated(model, ids, count=12):
+    cache, feed, made = StaticCache(config=model.config, max_cache_len=64), ids, []
+    for _ in range(count):
+        feed = model(feed, past_key_values=cache).logits[:, -1:].argmax(-1)
+        made.append(feed)
+    return torch.cat(made, 1)
+
+
+class Keys:
+    """A cache as people write it: lists of keys and values by block."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Any] = []
+
+
+class Writing(PairCache):
+    """Writes its keys into what it is given: an object with `pairs`, or a dictionary."""
+
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        table = cache.__dict__ if isinstance(cache, Keys) else cache
+        logits, pairs = super().forward(x, (table or {}).get("pairs") or None)
+        if table is not None:
+            table["pairs"] = pairs
+        return logits
+
+
+def cache_of_an_own_class(model, ids, count=12):
+    cache, x = Keys(), ids
+    for _ in range(count):
+        x = model(x, cache)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, x], 1)
+    return ids, len(cache.pairs)
+
+
+def cache_in_a_dictionary(model, ids, count=12):
+    cache: dict[str, Any] = {}
+    x = ids
+    for _ in range(count):
+        x = model(x, cache)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, x], 1)
+    return ids
+
+
 def few_keys() -> PairCache:
     return PairCache(kept=24)
 
@@ -226,6 +304,12 @@ CASES = [
     Case(weighs_its_keys, llama, batch=2, reads={"cache": "passed on"}, partly="read or changed by other code"),
     Case(forgets_old_keys, PairCache, batch=2, reads={"cache": "passed on"}, partly="read or changed by other code"),
     Case(keeps_a_copy, PairCache, reads={"cache": "passed on"}),
+    Case(results_by_number, llama, batch=2, reads={"cache": "passed on"}),
+    Case(options_in_a_dictionary, llama, batch=2, reads={"cache": "object"}),
+    Case(chooses_before_it_calls, llama, batch=2, reads={"cache": "passed on", "choice": "argmax"}),
+    Case(preallocated, llama, batch=2, reads={"cache": "object"}),
+    Case(cache_of_an_own_class, Writing, batch=2, reads={"cache": "object"}),
+    Case(cache_in_a_dictionary, Writing, batch=2, refused=("guard cache", "writes into the dict", "model(x, cache)")),
     Case(pairs_of_tensors, few_keys, batch=2, refused=("guard cache", "64 tokens", "model(x, cache)")),
     Case(pairs_of_tensors, lost_positions, batch=2, refused=("guard loop equality", "differs", "model(x, cache)")),
     Case(cache_handed_back, ReturnedCache, batch=2, refused=("guard causality", "", "out = model(feed, past=past)"),
