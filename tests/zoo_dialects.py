@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +16,11 @@ from softmax_counter import short
 from torch import nn
 from torch.export import Dim
 from zoo import call
-from zoo_inductor import fused_in_graph
+from zoo_judge import floating
 
 from subquad.backend import rewrite_dynamo_graph
 from subquad.capture import capture
+from subquad.capture_patches import capturable
 from subquad.ir.report import Report
 from subquad.ir.site import Site
 from subquad.pass_spec import parse_passes
@@ -45,31 +48,20 @@ def refusal_words(report: Report) -> list[tuple[str, str]]:
 
 @dataclass
 class Compiled:
-    """What a model shows under torch.compile: sites, refusals, number of graphs, its output with `fuse` applied, and how
-    many attentions Inductor's patterns fuse in the same graphs (None when it was not asked or failed).
-    """
+    """What a model shows under torch.compile: sites, refusals, number of graphs, its output with `fuse` applied."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
     graphs: int = 0
-    fused: int | None = None
     output: Any = None
 
 
-def through_dynamo(model: nn.Module, inputs: dict[str, Any], count: bool = False) -> Compiled:
-    """The model under torch.compile: every graph that Dynamo makes is rewritten and run as it is, without a compiler.
-
-    count: give Inductor's patterns the same graphs, as they were.
-    """
-    found = Compiled(fused=0 if count else None)
+def through_dynamo(model: nn.Module, inputs: dict[str, Any]) -> Compiled:
+    """The model under torch.compile: every graph that Dynamo makes is rewritten and run as it is, without a compiler."""
+    found = Compiled()
 
     def backend(graph: torch.fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
         found.graphs += 1
-        if found.fused is not None:
-            try:
-                found.fused += fused_in_graph(graph, example)
-            except Exception:
-                found.fused = None
         rewritten, report = rewrite_dynamo_graph(graph, example, parse_passes("fuse"))
         found.sites.extend(report.sites)
         found.refusals.extend(refusal_words(report))
@@ -87,17 +79,35 @@ def through_dynamo(model: nn.Module, inputs: dict[str, Any], count: bool = False
 def through_core_aten(
     model: nn.Module, inputs: dict[str, Any], symbolic: bool = False
 ) -> tuple[list[Site], list[tuple[str, str]]]:
-    """Sites and refusals of the exported program after `run_decompositions()`: no SDPA call is left in it.
+    """Sites and refusals of the exported program after `run_decompositions()`: no SDPA call is left in it.  Of an output
+    that holds objects the tensors are returned.
 
     symbolic: batch and length stay symbolic, which takes torch three times as long.
     """
     dynamic = {name: _symbolic(x) if isinstance(x, torch.Tensor) else None for name, x in inputs.items()}
-    with torch.no_grad():
+    with torch.no_grad(), capturable(), _tensors_only(model):
         program = torch.export.export(
             model, (), dict(inputs), dynamic_shapes=dynamic if symbolic else None, strict=False
         )
+    with torch.no_grad():
         report = recognise(capture(program.run_decompositions()), Report())
     return list(report.sites), refusal_words(report)
+
+
+@contextmanager
+def _tensors_only(model: nn.Module) -> Iterator[None]:
+    """The forward returns the tensors of its output in a tuple, where that holds objects that torch.export does not know."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def returned(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(floating(forward(*args, **kwargs)))
+
+    model.__dict__["forward"] = returned
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
 
 
 def _symbolic(tensor: torch.Tensor) -> dict[int, Any]:

@@ -92,8 +92,7 @@ class Outcome:
 def run(specimen: Specimen, ways: Sequence[str] = ("rewrite", "dynamo", "core")) -> Outcome:
     """Export, recognise, rewrite with `fuse` and compare; then the sites of Dynamo's graphs and of the core-ATen program.
 
-    ways: which of these to go beyond recognition; "inductor" counts what its patterns fuse in Dynamo's graphs.  Whatever is
-    raised is recorded.
+    ways: which of these to go beyond recognition.  Whatever is raised is recorded.
     """
     entry = specimen.architecture
     outcome = Outcome(entry.name, specimen.spelling)
@@ -113,8 +112,7 @@ def run(specimen: Specimen, ways: Sequence[str] = ("rewrite", "dynamo", "core"))
     compared = reference if "rewrite" in ways else None
     _guarded(outcome, outcome.export, lambda: _through_export(specimen, compared, inputs, outcome))
     if "dynamo" in ways and reference is not None:
-        count = "inductor" in ways
-        _guarded(outcome, outcome.dynamo, lambda: _through_dynamo(specimen, reference, inputs, outcome, count))
+        _guarded(outcome, outcome.dynamo, lambda: _through_dynamo(specimen, reference, inputs, outcome))
     if "core" in ways:
         _guarded(outcome, outcome.core, lambda: _through_core_aten(specimen, inputs, outcome))
     for path in (outcome.export, outcome.dynamo, outcome.core):
@@ -187,13 +185,11 @@ def _through_export(specimen: Specimen, reference: Reference | None, inputs: dic
             path.wrong.append("restore does not give back the original")
 
 
-def _through_dynamo(
-    specimen: Specimen, reference: Reference, inputs: dict[str, Any], outcome: Outcome, count: bool
-) -> None:
+def _through_dynamo(specimen: Specimen, reference: Reference, inputs: dict[str, Any], outcome: Outcome) -> None:
     path = outcome.dynamo
     with _stage(outcome, "dynamo"):
-        found = through_dynamo(specimen.model, inputs, count)
-    path.refusals, path.graphs, outcome.fused = found.refusals, found.graphs, found.fused
+        found = through_dynamo(specimen.model, inputs)
+    path.refusals, path.graphs = found.refusals, found.graphs
     path.sites = [site_words(site) for site in found.sites]
     said = reference.broken(reference.cases[0], floating(found.output))
     path.wrong = [said] if said else []

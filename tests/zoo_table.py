@@ -163,7 +163,7 @@ def _totals(records: list[dict[str, Any]]) -> list[str]:
         some = sum(r["fused"] > 0 for r in asked)
         fused, ran = sum(r["fused"] for r in asked), sum(r["executed"] for r in asked)
         said.append(
-            f"Inductor's patterns, eager spelling, better of with and without a padding mask: {fused} of {ran} sites, in {some} of {len(asked)} architectures."
+            f"Inductor's patterns, eager spelling, without a padding mask: {fused} of {ran} sites, in {some} of {len(asked)} architectures."
         )
     causes: dict[str, list[str]] = defaultdict(list)
     for r in absent:
