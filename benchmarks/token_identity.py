@@ -78,8 +78,8 @@ DEFAULT = Case("auto", "tree", 1, 1.0, False)
 class Comparison:
     """Both sides, and a judge that is loaded when they differ."""
 
-    def __init__(self, count: int) -> None:
-        self.setup, self.count = Setup(torch.float32, False), count
+    def __init__(self, count: int, compiled: bool) -> None:
+        self.setup, self.count, self.compiled = Setup(torch.float32, compiled), count, compiled
         self.tokenizer = self.setup.tokenizer
         self.tokenizer.padding_side, self.tokenizer.pad_token = "left", self.tokenizer.eos_token
         self._drafters: dict[str, Any] = {}
@@ -100,7 +100,11 @@ class Comparison:
             out = self.setup.peer.generate(ids, attention_mask=mask, max_new_tokens=self.count, do_sample=False,
                                            repetition_penalty=case.penalty, eos_token_id=ends,
                                            pad_token_id=self.setup.ends[0])  # fmt: skip
-        got = self._ours(ids, mask, case, ends)
+        got = []
+        for first in range(0, len(texts), case.rows):
+            rows = slice(first, first + case.rows)
+            padding = int((mask[rows] == 0).all(0).sum())
+            got += self._ours(ids[rows, padding:], mask[rows, padding:], case, ends)
         return [
             self._verdict(ids[n][mask[n] != 0], got[n], _until(out[n, ids.shape[1] :].tolist(), ends), case.penalty)
             for n in range(len(texts))
@@ -113,7 +117,7 @@ class Comparison:
         rows: list[list[int]] = [[] for _ in range(len(ids))]
         decoding = self.setup.decoder.decode(
             ids, mask, choice=choice, ending=Ending(self.count, frozenset(ends)), drafter=drafter,
-            pacing=FixedPacing(max(1, 16 // len(ids) - 1)),
+            pacing=None if self.compiled else FixedPacing(max(1, 16 // len(ids) - 1)),
         )  # fmt: skip
         for one in decoding:
             for row, emitted in zip(rows, one.emitted, strict=True):
@@ -151,8 +155,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str], Case]]
     for case in cases:
         for group in arguments.groups:
             texts = chosen[group]
-            for first in range(0, len(texts), case.rows):
-                yield f"{case} | {group} {first}", texts[first : first + case.rows], case
+            for first in range(0, len(texts), max(case.rows, arguments.together)):
+                yield f"{case} | {group} {first}", texts[first : first + max(case.rows, arguments.together)], case
 
 
 def main() -> None:
@@ -162,6 +166,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="per group; 40 are all")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--matrix", action="store_true", help="every drafter × chain/tree × batch × penalty × stop")
+    parser.add_argument("--together", type=int, default=1, help="prompts that Hugging Face's generate is given at once")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="compiled, and paced by measured costs as in use; else every draft is filled",
+    )
     parser.add_argument("--stride", type=int, default=1, help="compare every so-manieth job only")
     parser.add_argument("--results", type=Path, help="a file of results: what is in it is not run again")
     arguments = parser.parse_args()
@@ -174,7 +184,7 @@ def main() -> None:
         name = f"{name} | {arguments.tokens} tokens"
         if name in known:
             continue
-        comparison = comparison or Comparison(arguments.tokens)
+        comparison = comparison or Comparison(arguments.tokens, arguments.compiled)
         known[name] = comparison.verdicts(texts, case)
         if arguments.results is not None:
             with arguments.results.open("a", encoding="utf-8") as file:
