@@ -10,7 +10,7 @@ from subquad.ir.loop_rewrite import LOOP, LoopRewrite
 from subquad.ir.plan import Plan
 from subquad.passes.speculate.speculate import Speculate
 
-OURS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+OURS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "online_update_interval")
 LOOKUP = "prompt_lookup_num_tokens"
 NGRAM = "max_matching_ngram_size"
 PLAIN = "none"
@@ -20,7 +20,8 @@ def spoken(words: MutableMapping[str, Any], default: LoopRewrite | None) -> Loop
     """Take the words of speculation out of a call's arguments; None for plain decoding, the default when there are none.
 
     method, num_speculative_tokens, prompt_lookup_max and prompt_lookup_min, also as a dict speculative_config, are vLLM's;
-    prompt_lookup_num_tokens with max_matching_ngram_size is Hugging Face's.  method "none" is plain decoding.
+    prompt_lookup_num_tokens with max_matching_ngram_size is Hugging Face's, online_update_interval that of OSD's scripts.
+    method "none" is plain decoding.
     Raises GenerationError for a word that speculation does not know, PassError for a value that does not fit.
     """
     config = words.pop("speculative_config", None) or {}

@@ -89,8 +89,10 @@ class DraftHeads(nn.Module, ABC):
         """
         try:
             width = parameters["words.weight"].shape[1]
-            made = cls(head.shape[1], parameters["ids"], width, cls.count(parameters))
-            made.load_state_dict(dict(parameters))
+            with torch.inference_mode(False), torch.no_grad():
+                made = cls(head.shape[1], parameters["ids"].clone(), width, cls.count(parameters))
+                made.load_state_dict(dict(parameters))
+                made = made.to(head.dtype).requires_grad_(False)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             why = str(error).splitlines()[-1].strip()
             raise GenerationError(
@@ -101,7 +103,6 @@ class DraftHeads(nn.Module, ABC):
                 f"the {cls.name} heads propose token {int(made.ids.max())}, but the model has {head.shape[0]} tokens; "
                 "train them again."
             )
-        made = made.to(head.dtype).requires_grad_(False)
         made.table, made.product = head.detach(), wide_linear
         return made
 

@@ -20,6 +20,7 @@ from subquad.passes.speculate.head_drafts import HeadDrafter
 from subquad.passes.speculate.hydra import Hydra
 from subquad.passes.speculate.layer_skip import LayerSkip
 from subquad.passes.speculate.medusa import Medusa
+from subquad.passes.speculate.online_distillation import OnlineDistillation
 from subquad.passes.speculate.prompt_lookup import PromptLookup
 from subquad.passes.speculate.suffix_automaton import SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
@@ -36,6 +37,7 @@ class Speculate(LoopRewrite):
     "hydra".
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
+    online_update_interval: rejected guesses after which trained heads learn from them (OSD, 2310.07177); 0: they stay.
     """
 
     name: ClassVar[str] = "speculate"
@@ -47,6 +49,7 @@ class Speculate(LoopRewrite):
     num_speculative_tokens: int = 15
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 1
+    online_update_interval: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in KNOWN:
@@ -58,6 +61,8 @@ class Speculate(LoopRewrite):
                 f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max {self.prompt_lookup_max}; "
                 "the first must be at least 1 and at most the second."
             )
+        if self.online_update_interval < 0:
+            raise ValueError(f"online_update_interval is {self.online_update_interval}; it must be 0 or more.")
 
     @property
     def trains(self) -> str | None:
@@ -67,7 +72,7 @@ class Speculate(LoopRewrite):
     def drafter(self, trained: Trained = NOTHING) -> Drafter:
         """A drafter that has learnt nothing yet beyond what was trained."""
         if self.method in HEADS:
-            return head_drafter(self.method, trained)
+            return head_drafter(self.method, trained, self.online_update_interval)
         return METHODS[self.method](self, trained)
 
 
@@ -75,13 +80,17 @@ HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra
 """Heads that `convert` trains, by the word for them."""
 
 
-def head_drafter(name: str, trained: Trained) -> HeadDrafter:
-    """Drafts by trained heads; raises GenerationError when there are none for this model."""
-    return HeadDrafter(HEADS[name].restored(*trained.of(name)))
+def head_drafter(name: str, trained: Trained, interval: int = 0) -> Drafter:
+    """Drafts by trained heads, which go on learning when an interval is given.
+
+    Raises GenerationError when there are none for this model.
+    """
+    made = HeadDrafter(HEADS[name].restored(*trained.of(name)))
+    return OnlineDistillation(made, interval) if interval else made
 
 
 def _default(knobs: Speculate, trained: Trained) -> Drafter:
-    heads = [head_drafter(name, trained) for name in HEADS if name in trained.parameters]
+    heads = [head_drafter(name, trained, knobs.online_update_interval) for name in HEADS if name in trained.parameters]
     return Union((SuffixMatch(), TokenRecycling(), *heads))
 
 
