@@ -346,6 +346,46 @@ def test_drafts_change_neither_tokens_nor_random_numbers(case: Case, method: str
     assert any(s.name == "draft and verify" and s.applies for s in fast.report.loops[0].schedules)
 
 
+def outcome(function: Any, model: Any, ids: torch.Tensor, count: int) -> Any:
+    """What a run gives: tokens and random state, or the error."""
+    torch.manual_seed(2)
+    try:
+        with torch.no_grad():
+            return function(model, ids.clone(), count=count), torch.get_rng_state()
+    except (AssertionError, IndexError, RuntimeError) as error:
+        return type(error).__name__, str(error)
+
+
+ODD = {
+    "no token": (5, 0),
+    "one token": (5, 1),
+    "an empty prompt": (0, 3),
+    "behind the window": (50, 5),
+    "past the window": (30, 6),
+}
+
+
+@pytest.mark.parametrize("passes", [None, "speculate"])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_prompts_and_lengths_give_what_the_loop_gives(odd: str, passes: str | None) -> None:
+    length, count = ODD[odd]
+    for case in (plain.CASES[0], cached.CASES[0]):
+        model, ids = model_of(case), torch.randint(0, 41, (1, length))
+        fast = subquad.rewrite(case.function) if passes is None else subquad.rewrite(passes=passes)(case.function)
+        want = outcome(case.function, model, ids, count)
+        for _ in range(2):
+            assert same(outcome(fast, model, ids, count), want)
+
+
+def test_logits_that_are_no_numbers_choose_what_they_chose() -> None:
+    model = plain.decoder().eval()
+    with torch.no_grad():
+        model.head.weight[3] = torch.nan
+    ids = torch.randint(0, 41, (1, 5))
+    for fast in (subquad.rewrite(traps.unchecked), subquad.rewrite(passes="speculate")(traps.unchecked)):
+        assert same(outcome(fast, model, ids, 9), outcome(traps.unchecked, model, ids, 9))
+
+
 class Told:
     """A drafter that is told the text: it proposes the tokens that will come, or those moved by `off`."""
 
