@@ -17,6 +17,7 @@ import subquad
 from subquad.compilation import native_forms
 from subquad.incremental import Decoder, decoder
 from subquad.ir.draft import DraftTree
+from subquad.runtime.key_tree import separate
 from subquad.runtime.prefix_tree import find_sharing
 from subquad.runtime.sharing_plan import SharingPlan, plan_sharing
 from subquad.runtime.tree_stepper import TreeStepper
@@ -38,6 +39,10 @@ def main() -> None:
     )
     parser.add_argument("--plain-tokens", type=int, default=140_000, help="the same for our decoder without sharing")
     parser.add_argument("--longest", type=int, default=7168, help="longest prefix of the row on its length")
+    parser.add_argument(
+        "--scaled", type=int, default=0, metavar="ROWS",
+        help="time the prompts of both peers on so many rows and scale them to the batch (marked ≈); steps are timed whole",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--quick", action="store_true", help="small sizes, within five minutes")
     arguments = parser.parse_args()
@@ -76,11 +81,39 @@ class Bench:
 
     def run(self, ids: torch.Tensor, new: int, share: bool, mask: torch.Tensor | None = None) -> Run:
         """Prefill and greedy steps, as `generate` runs them."""
+        rows = self.asked.scaled if not share and mask is None else 0
+        if 0 < rows < ids.shape[0]:
+            return self._scaled(ids, new, rows)
         seen: list[SharingPlan] = []
         stepper = TreeStepper(self.made.engine, ids.shape[1] + new, share, seen.append)
         start = time.perf_counter()
         tokens = stepper.prefill(ids, mask).argmax(-1)
         prefill = time.perf_counter() - start
+        return self._steps(stepper, tokens, new, prefill, seen[0])
+
+    def _scaled(self, ids: torch.Tensor, new: int, rows: int) -> Run:
+        """Without sharing, the prompt timed on a few rows; the steps start from shared keys that every row got a copy of."""
+        few = TreeStepper(self.made.engine, ids.shape[1] + 1, False)
+        start = time.perf_counter()
+        few.prefill(ids[:rows], None)
+        prefill = (time.perf_counter() - start) * ids.shape[0] / rows
+        del few
+        seen: list[SharingPlan] = []
+        stepper = TreeStepper(self.made.engine, ids.shape[1] + new, True, seen.append)
+        tokens = stepper.prefill(ids, None).argmax(-1)
+        assert stepper.state is not None
+        stepper.state = separate(self.made.engine.layout, stepper.state, new)
+        return self._steps(stepper, tokens, new, prefill, seen[0], scaled=True)
+
+    def _steps(
+        self,
+        stepper: TreeStepper,
+        tokens: torch.Tensor,
+        new: int,
+        prefill: float,
+        plan: SharingPlan,
+        scaled: bool = False,
+    ) -> Run:
         found, steps = [tokens], []
         for _ in range(new - 1):
             start = time.perf_counter()
@@ -90,7 +123,7 @@ class Bench:
             steps.append(time.perf_counter() - start)
             found.append(tokens)
         assert stepper.state is not None
-        return Run(prefill, steps, torch.stack(found, 1), stepper.state.bytes(), seen[0])
+        return Run(prefill, steps, torch.stack(found, 1), stepper.state.bytes(), plan, scaled)
 
     def theirs(self, ids: torch.Tensor, new: int) -> Run:
         """Hugging Face's batched generate; prefill and steps by a streamer's clock."""
@@ -103,23 +136,38 @@ class Bench:
                 times.append(time.perf_counter())
                 return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
+        rows, given = self.asked.scaled, {}
+        scaled = 0 < rows < ids.shape[0]
         start = time.perf_counter()
+        if scaled:
+            with torch.inference_mode():
+                self.peer.generate(
+                    ids[:rows], attention_mask=torch.ones_like(ids[:rows]), max_new_tokens=1, pad_token_id=0
+                )
+                prompt = (time.perf_counter() - start) * ids.shape[0] / rows
+                cache = self.peer(ids[:1, : ids.shape[1] - OWN], use_cache=True, logits_to_keep=1).past_key_values
+                cache.batch_repeat_interleave(ids.shape[0])
+                given = {"past_key_values": cache}
         with torch.inference_mode():
             out = self.peer.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                ids, **given, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                 eos_token_id=None, pad_token_id=0, stopping_criteria=StoppingCriteriaList([Clock()]),
             )  # fmt: skip
         steps = [b - a for a, b in itertools.pairwise(times)]
         held = ids.numel() + ids.shape[0] * (new - 1)
-        return Run(times[0] - start, steps, out[:, ids.shape[1] :], held * self.made.engine.layout.token_bytes, None)
+        prefill = prompt if scaled else times[0] - start
+        return Run(prefill, steps, out[:, ids.shape[1] :], held * self.made.engine.layout.token_bytes, None, scaled)
 
 
 class Run:
     """One timed generation: seconds of the prompt and of each step, tokens [B, new], bytes of keys and values at the end."""
 
     def __init__(
-        self, prefill: float, steps: list[float], tokens: torch.Tensor, held: int, plan: SharingPlan | None
-    ) -> None:
+        self, prefill: float, steps: list[float], tokens: torch.Tensor, held: int, plan: SharingPlan | None,
+        scaled: bool = False,
+    ) -> None:  # fmt: skip
+        """scaled: seconds of the prompt were measured on fewer rows."""
+        self.scaled = scaled
         self.prefill, self.steps, self.tokens, self.bytes, self.plan = prefill, steps, tokens, held, plan
 
     @property
@@ -161,9 +209,10 @@ def ends(bench: Bench) -> None:
         for batch in bench.asked.batches:
             ids = bench.prompts(batch, prefix)
             shared = bench.run(ids, bench.asked.new, True)
-            plain = bench.run(ids, bench.asked.new, False) if ids.numel() <= bench.asked.plain_tokens else None
+            few = bench.asked.scaled > 0
+            plain = bench.run(ids, bench.asked.new, False) if few or ids.numel() <= bench.asked.plain_tokens else None
             gc.collect()
-            peer = bench.theirs(ids, bench.asked.new) if ids.numel() <= bench.asked.peer_tokens else None
+            peer = bench.theirs(ids, bench.asked.new) if few or ids.numel() <= bench.asked.peer_tokens else None
             held = (ids.numel() + batch * (bench.asked.new - 1)) * bench.made.engine.layout.token_bytes
             same = [torch.equal(one.tokens, shared.tokens) for one in (plain, peer) if one is not None]
             print(
@@ -176,7 +225,7 @@ def ends(bench: Bench) -> None:
 
 
 def _seconds(run: Run | None) -> str:
-    return "" if run is None else f"{run.total:.1f}"
+    return "" if run is None else f"{'≈ ' if run.scaled else ''}{run.total:.1f}"
 
 
 def _step(run: Run | None) -> str:
@@ -184,7 +233,7 @@ def _step(run: Run | None) -> str:
 
 
 def _ratio(run: Run | None, ours: Run) -> str:
-    return "" if run is None else f"{run.total / ours.total:.2f}×"
+    return "" if run is None else f"{'≈ ' if run.scaled else ''}{run.total / ours.total:.2f}×"
 
 
 def prefill(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class Rewritten:
     original, applied: the capture before and after (the same parameter objects).  replacements: what was done.
     bound: by module path the rewritten graph that is its forward; none where Hugging Face's registry dispatches.
     loop: how the model's own decoding loop is rewritten, None when it is not.  trained: what was trained for its drafters.
+    shares: calls of a language model's forward look for what the rows of their batch have in common.
     undo: puts the modules' own forwards back.
     """
 
@@ -52,6 +54,7 @@ class Rewritten:
     bound: dict[str, Capture] = field(default_factory=dict)
     loop: LoopRewrite | None = None
     trained: Trained = NOTHING
+    shares: bool = False
     undo: Callable[[], None] = field(default=lambda: None, repr=False)
     redo: Callable[[], Callable[[], None]] = field(default=lambda: lambda: None, repr=False)
 
@@ -67,7 +70,9 @@ class Rewritten:
         taken = tuple(replace(r, site=carry_site(r.site, mapping)) for r in self.replacements)
         bound = {path: moved(capture)[0] for path, capture in self.bound.items()}
         applied = moved(self.applied)[0]
-        copied = Rewritten(original, applied, taken, self.plan, self.report, bound, self.loop, self.trained)
+        copied = Rewritten(
+            original, applied, taken, self.plan, self.report, bound, self.loop, self.trained, self.shares
+        )
         memo[id(self)] = copied
         copied.redo = lambda: _bind(root, copied)
         copied.undo = lambda: _unbind(root, copied)
@@ -93,6 +98,7 @@ def apply_plan(
     replacements = tuple(replacement(root, site, rewrite) for site, rewrite in steps)
     applied = rewritten_capture(capture, replacements)
     split = None if network is None else _network(applied, network, report)
+    shares = network is not None and split is None and _shares_at_run_time(root, network, report)
     seam = (
         split is None
         and _has_seam(root, replacements)
@@ -100,7 +106,7 @@ def apply_plan(
         and _all_dispatched(capture, report)
     )
     bound = {"": split} if split is not None else {} if seam else owned_captures(capture, replacements, applied)
-    record = Rewritten(capture, applied, replacements, plan, report, bound, loop)
+    record = Rewritten(capture, applied, replacements, plan, report, bound, loop, shares=shares)
     record.redo = lambda: _bind(root, record)
     record.undo = record.redo()
     root.__dict__[STATE] = record
@@ -117,6 +123,17 @@ def _network(applied: Capture, network: NetworkRewrite, report: Report) -> Captu
         return None
     report.applied.append(network_entry(network, done))
     return copied
+
+
+def _shares_at_run_time(root: nn.Module, network: NetworkRewrite, report: Report) -> bool:
+    """Whether the forward of a language model is bound to one that compares the rows of each call; the refusal then goes."""
+    can = getattr(root, "can_generate", None)
+    taken = inspect.signature(type(root).forward).parameters
+    if can is None or not can() or not {"input_ids", "attention_mask"} <= set(taken):
+        return False
+    report.refused.pop()
+    report.applied.append(network_entry(network, "rows of a call are compared, and what they have in common runs once"))
+    return True
 
 
 def network_entry(network: NetworkRewrite, done: str) -> dict[str, Any]:
@@ -141,11 +158,17 @@ def _bind(root: nn.Module, record: Rewritten) -> Callable[[], None]:
         from subquad.speculative_generate import SpeculativeGenerate
 
         root.__dict__[LOOP] = SpeculativeGenerate(root, record.loop)
+    if record.shares:
+        from subquad.shared_forward import SharedForward
+
+        root.__dict__["forward"] = SharedForward(root)
     return lambda: _unbind(root, record)
 
 
 def _unbind(root: nn.Module, record: Rewritten) -> None:
     root.__dict__.pop(LOOP, None)
+    if record.shares and "" not in record.bound:
+        del root.__dict__["forward"]
     for path in record.bound:
         del root.get_submodule(path).__dict__["forward"]
     if not record.bound and record.replacements:

@@ -41,7 +41,7 @@ class SpeculativeGenerate:
     decoding, None when it was not; `sharing` what its rows had in common.
     """
 
-    def __init__(self, model: Any, rewrite: LoopRewrite) -> None:
+    def __init__(self, model: Any, rewrite: LoopRewrite | None) -> None:
         """rewrite: the speculation of calls that ask for none of their own."""
         self.model, self.rewrite = model, rewrite
         self.modules = sum(1 for _ in model.modules())
@@ -58,7 +58,7 @@ class SpeculativeGenerate:
         own = type(self.model).generate
         share, self.sharing = bool(kwargs.pop(SHARE, True)), None
         config = generation_config if generation_config is not None else self.model.generation_config
-        self.why_not = _left(config, kwargs) or self._changed()
+        self.why_not = _left(config, kwargs) or self.changed()
         if self.why_not is not None:
             return own(self.model, inputs, generation_config, **kwargs)
         given, kwargs = _without_words(generation_config, config, dict(kwargs))
@@ -66,7 +66,7 @@ class SpeculativeGenerate:
         chosen = spoken(kwargs, self.rewrite)
         drafter = None if assistant is None else assistant_drafter(assistant, self.model, config, kwargs, other)
         try:
-            decoder = self._decoder()
+            decoder = self.decoder()
         except SubquadError as refusal:
             self.why_not = str(refusal)
             theirs = {"assistant_model": assistant, "assistant_tokenizer": other}
@@ -85,7 +85,7 @@ class SpeculativeGenerate:
     def _found(self, plan: SharingPlan) -> None:
         self.sharing = plan
 
-    def _changed(self) -> str | None:
+    def changed(self) -> str | None:
         """Why the captured graph no longer says what the model computes; None when it does."""
         model, graph = self.model, rewritten(self.model).applied.graph  # type: ignore[union-attr]
         if model.training:
@@ -101,7 +101,8 @@ class SpeculativeGenerate:
                 return f"{name} was replaced after the rewrite"
         return None
 
-    def _decoder(self) -> Any:
+    def decoder(self) -> Any:
+        """The model's incremental decoder, compiled beside the first generation where that is worth it."""
         from subquad.text_generation import decoder_of
 
         decoder = decoder_of(self.model)

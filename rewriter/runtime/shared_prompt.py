@@ -31,13 +31,15 @@ def run_shared(
     room: int,
     cache: KnownPrefixes | None = None,
     begin: Sequence[int] | None = None,
+    every: list[Tensor] | None = None,
 ) -> tuple[Tensor, DecoderState, int]:
     """Logits [B, V] behind the last tokens of ids [B, T], the state behind them, both in the order of `sharing`, and how many
     tokens were run.
 
     mask [B, T]: zero for padding, which is left out.  room: new tokens of a row that there shall be room for.  begin: for each
     row of the batch its first column behind which logits are wanted, on to its last but one; they are no one's to share, and
-    come row after row in the order of `sharing`.
+    come row after row in the order of `sharing`.  every: without a cache, receives the logits [columns, V] behind all tokens of
+    each of the sharing's nodes; the logits returned are then those behind all own tokens of the rows, row after row.
     """
     rows = rows_in_order(ids, mask, sharing)
     known = [KnownPrefix(()) if cache is None else cache.known(row) for row in rows]
@@ -69,18 +71,24 @@ def run_shared(
     ran = sum(len(row) - end for row, end in zip(rows, ends, strict=True)) + sum(
         tree.nodes[n].length for n, _ in waiting
     )
+    logits_of: dict[int, Tensor] = {}
     for group in batches([(d, tree.nodes[n].length) for n, d in waiting]):
         numbers = [waiting[place][0] for place in group]
         paths = [tree.nodes[n].path for n in numbers]
-        _, state = _run(
-            engine, tree, [p[-2] if len(p) > 1 else None for p in paths], [tree.nodes[n].tokens for n in numbers], 0
-        )
+        runs = [tree.nodes[n].tokens for n in numbers]
+        everywhere = None if every is None else [(0, len(run) - 1) for run in runs]
+        found, state = _run(engine, tree, [p[-2] if len(p) > 1 else None for p in paths], runs, 0, everywhere)
+        if every is not None:
+            logits_of.update(zip(numbers, found.split([len(run) for run in runs]), strict=True))
         for row, n in enumerate(numbers):
             tree.fill(n, state, row)
     own = [row[end:] for row, end in zip(rows, ends, strict=True)]
     wanted = None
     if begin is not None:
         wanted = [(begin[b] - ends[n], len(own[n]) - 2) for n, b in enumerate(sharing.order.tolist())]
+    if every is not None:
+        every += [logits_of[n] for n in sorted(logits_of)]
+        wanted = [(0, len(run) - 1) for run in own]
     logits, state = _run(engine, tree, above, own, room, wanted)
     return logits, state, ran
 
