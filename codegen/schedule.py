@@ -21,7 +21,8 @@ SPLIT = 6
 
 
 BESIDE = {"grad_states": 12, "grad_keys": 26, "grad_transform": 32}
-"""Tiles of rows by columns that decays in two levels keep beside the others; a kernel with more such products keeps more."""
+"""Tiles of rows by columns that decays in two levels keep beside the others; a kernel with more such products keeps more.
+In fp32 a chunk has one level."""
 
 
 EARLY = {"prepare": 1.0, "grad_states": 1.0, "grad_transform": 1.0, "grad_keys": 2.0, "grad_values": 2.25}
@@ -94,8 +95,10 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
     if part == "output" and parts.what.window:
         found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
     found = int(found * EARLY.get(part, 1.5)) if early and not channel else found
-    found = 2 * found + BESIDE.get(part, 8) * rows if channel and found else found
-    return SPLIT * found if parts.spec.dtype == "float32" else found
+    single = parts.spec.dtype == "float32"
+    if channel and found:
+        found = 2 * found + (8 if single else BESIDE.get(part, 8)) * rows
+    return SPLIT * found if single else found
 
 
 def recurrence_schedule(spec: KernelSpec) -> Schedule:
@@ -116,8 +119,8 @@ def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
     longest = 16 if spec.dtype == "float32" else 32 if parts.decay == "channel" else 64
     best = max(16, pad(int((parts.features * spec.value_dim) ** 0.5)))
     fitted = [_fitted(parts, chunk) for chunk in (64, 32, 16) if chunk <= best]
-    fitted.sort(key=lambda one: one[0].chunk > longest or not one[1])
-    return [schedule for schedule, _ in fitted]
+    good = [schedule for schedule, fits in fitted if fits and schedule.chunk <= longest]
+    return [*good, *(schedule for schedule, _ in reversed(fitted) if schedule not in good)]
 
 
 def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:

@@ -28,7 +28,7 @@ class Chunks:
     query, key [L, n, C, F] are features; value [L, n, C, V]; decay [L, n or 1, C, 1 or F] log decays of at most 0, or None;
     beta [L, n, C, 1] for the delta update, or None. A token with zero key, beta and decay changes nothing. C is a power of
     two where decay has F columns or beta is given. gentle promises that the log decays of no chunk sum to less than -SPAN.
-    differentiated: gradients will be asked for.
+    differentiated: gradients will be asked for. silent: outputs will not be read, and are not computed.
     """
 
     query: Tensor
@@ -38,6 +38,7 @@ class Chunks:
     beta: Tensor | None
     gentle: bool = False
     differentiated: bool = False
+    silent: bool = False
 
 
 def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,6 +63,8 @@ def run(chunks: Chunks, start: Tensor | None) -> tuple[Tensor, Tensor]:
         recalled, fresh = torch.matmul(inverse, gates.from_start(key)), torch.matmul(inverse, value)
         form = Corrected.apply if chunks.differentiated else corrected
         before, value, final = form(recalled, fresh, leaving, gates.log_rate, start)  # type: ignore[no-untyped-call]
+    if chunks.silent:
+        return torch.empty_like(value), final
     inside = torch.matmul(gates.scores(query, faded, 0), value)
     if before is None:
         return inside, final

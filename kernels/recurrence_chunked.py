@@ -40,6 +40,7 @@ def recurrence_chunked(
     deep: bool = False,
     gentle: bool = False,
     differentiated: bool = False,
+    silent: bool = False,
 ) -> Result:
     """The operator subquad::recurrence for causal specs; O(T (chunk + window)) memory, traceable unless delta has several
     chunks.
@@ -47,7 +48,7 @@ def recurrence_chunked(
     A shared window delays keys: with E the window's history (w slots, oldest first) followed by the T new keys, token i
     evicts E[i] into the state and sees E[i+1 .. i+w] by softmax. With p that softmax, the window's share of the
     denominator is gamma / max(p). `deep` promises that every row has seen at least sinks + window tokens, which leaves
-    the window's masks to the band alone; `gentle` and `differentiated` are those of Chunks.
+    the window's masks to the band alone; `gentle`, `differentiated` and `silent` are those of Chunks.
     """
     total, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     dtype = compute_dtype(q)
@@ -95,7 +96,9 @@ def recurrence_chunked(
 
         rows = None if weight is None else split(weight)[..., None]
         given = None if start is None else start.flatten(0, 1)
-        out, last = run(Chunks(split(phi_q), split(phi_k), split(columns), gates, rows, gentle, differentiated), given)
+        out, last = run(
+            Chunks(split(phi_q), split(phi_k), split(columns), gates, rows, gentle, differentiated, silent), given
+        )
         return (x.unflatten(0, phi_q.shape[:2]) for x in (out.flatten(1, 2), last))  # type: ignore[return-value]
 
     ones = added.new_ones(*added.shape[:3], 1)
@@ -112,7 +115,9 @@ def recurrence_chunked(
     if log_mass is not None:
         final = torch.cat([final, log_mass], -1)
 
-    if spec.window == 0:
+    if silent:
+        out = numerator.transpose(1, 2)
+    elif spec.window == 0:
         out = normalise(numerator, denominator, spec).transpose(1, 2)
     else:
         near_shape: tuple[Any, Any] = (count * (CHUNK // NEARBY), NEARBY) if chunk == CHUNK else shape

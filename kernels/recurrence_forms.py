@@ -103,7 +103,7 @@ def backward(arguments: Arguments, grads: Sequence[Tensor]) -> list[Tensor]:
     carry: Sequence[Tensor | None] = [arguments[name] for name in STATE]
     starts = [carry]
     for start, stop, deep in walk[:-1]:
-        carry = _run_block(_block(arguments, start, stop, carry), what, deep)[1:]
+        carry = _run_block(_block(arguments, start, stop, carry), what, deep, silent=True)[1:]
         starts.append(carry)
     total: dict[str, Any] = {}
     pieces: dict[str, list[Tensor]] = {}
@@ -141,21 +141,30 @@ def feature_width(arguments: Arguments) -> Any:
 
 
 def _run(
-    named: Arguments, what: RecurrenceSpec, deep: bool = False, gentle: bool = False, differentiated: bool = False
+    named: Arguments,
+    what: RecurrenceSpec,
+    deep: bool = False,
+    gentle: bool = False,
+    differentiated: bool = False,
+    silent: bool = False,
 ) -> Result:
     names = ("q", "k", "v", "decay", "feature_q", "feature_k", "valid", "state", "seen")
     given = {name: named[name] for name in names}
     if not what.causal:
         return recurrence_both(**given, spec=what)
     given |= {name: named[name] for name in ("beta", "window_gate", "window_k", "window_v")}
-    return recurrence_chunked(**given, spec=what, deep=deep, gentle=gentle, differentiated=differentiated)
+    return recurrence_chunked(
+        **given, spec=what, deep=deep, gentle=gentle, differentiated=differentiated, silent=silent
+    )
 
 
-def _run_block(named: Arguments, what: RecurrenceSpec, deep: bool, differentiated: bool = False) -> Result:
+def _run_block(
+    named: Arguments, what: RecurrenceSpec, deep: bool, differentiated: bool = False, silent: bool = False
+) -> Result:
     """`_run` for values at hand: gates that stay open enough take the cheaper products."""
     decay = named["decay"]
     gentle = decay is not None and decay.numel() > 0 and float(decay.detach().amin()) * CHUNK >= -SPAN
-    return _run(named, what, deep, gentle, differentiated)
+    return _run(named, what, deep, gentle, differentiated, silent)
 
 
 def _unchanged(arguments: Arguments, what: RecurrenceSpec) -> Result:

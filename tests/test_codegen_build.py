@@ -220,6 +220,43 @@ def test_a_kernel_builds_for_every_target_without_a_gpu(target):
         assert report.spills == 0
 
 
+def test_a_kernel_that_spills_below_every_register_is_built_again_with_all(monkeypatch):
+    pytest.importorskip("triton")
+    building = importlib.import_module("subquad.codegen.building")
+    told = [(128, 8), (150, 0)]
+    monkeypatch.setattr(building, "_cuda_usage", lambda binary: told.pop(0))
+    report = build(scheduled(dataclasses.replace(GATED, part="decumulate")))
+    assert (report.registers, report.spills) == (150, 0)
+    told[:] = [(255, 8), (255, 0)]
+    assert build(scheduled(dataclasses.replace(GATED, part="decumulate"))).spills == 8
+
+
+def test_a_launch_that_spilled_early_gets_every_register_next_time(monkeypatch):
+    running = importlib.import_module("subquad.codegen.running")
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launched(*values, **options):
+                given.append(options.get("maxnreg"))
+                return type("Made", (), {"n_regs": 128, "n_spills": 0 if options.get("maxnreg") else 8})
+
+            return launched
+
+    monkeypatch.setattr(running, "_imported", lambda spec: (Kernel(), ()))
+    monkeypatch.setattr(running, "_large", set())
+    for _ in range(3):
+        running.launch(GATED, {}, (1,))
+    assert given == [None, 255, 255]
+
+
+def test_fp32_kernels_take_features_from_memory_and_short_chunks():
+    found = operator_kernels(dataclasses.replace(WINDOWED, dtype="float32"))
+    assert {spec.feature_dim for spec in found} == {0}
+    assert {spec.block_q for spec in found if spec.op == "recurrence"} == {16}
+    assert {spec.feature_dim for spec in operator_kernels(WINDOWED)} == {0, 64}
+
+
 def test_a_target_gets_the_chunk_that_its_registers_hold():
     chunks = {t: recurrence_candidates(dataclasses.replace(GATED, target=t))[0].chunk for t in ("cuda:80", "cuda:90")}
     assert chunks == {"cuda:80": 32, "cuda:90": 64}
