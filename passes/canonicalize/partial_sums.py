@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.fx
 
-from subquad.ir.graph import dtype_of, rank_of, shape_of
+from subquad.ir.graph import dtype_of, rank_of, shape_of, value_of
 from subquad.ir.vocabulary import arguments, kind
-from subquad.passes.canonicalize.emitting import emit
+from subquad.passes.canonicalize.emitting import emit, emit_as
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -88,9 +88,22 @@ def _sum(node: Node, written: Node, x: Node, other: Node, dim: int, ends: Any, a
         return None
     after = 0 if stop is None else size - stop
     pads = [0, 0] * ((rank_of(node) or 1) - 1 - dim) + [first, after]
-    padded = emit(node, aten.constant_pad_nd.default, spread, pads, 0.0)
+    padded = emit_as(
+        node,
+        _padded(value_of(spread), dim - (rank_of(node) or 0), size),
+        aten.constant_pad_nd.default,
+        spread,
+        pads,
+        0.0,
+    )
     operator = aten.add.Tensor if kind(written) == "add" else aten.sub.Tensor
     return emit(node, operator, x, padded, **({} if alpha == 1 else {"alpha": alpha}))
+
+
+def _padded(value: torch.Tensor, dim: int, size: Any) -> torch.Tensor:
+    """The fake value of a tensor padded along an axis to a size."""
+    with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        return value.new_empty([size if n == dim + value.dim() else held for n, held in enumerate(value.shape)])
 
 
 def _spread(node: Node, other: Node, dim: int, wide: Any) -> Node | None:

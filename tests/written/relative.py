@@ -203,6 +203,8 @@ class AllButTheFirst(nn.Module):
         rest = q.shape[2] - 1
         if self.how == "pairs":
             scores[:, :, 1:, 1:] += self.pairs[:, :rest, :rest]
+        elif self.how == "queries":
+            scores[:, :, 1:, 1:] += torch.einsum("bhid,hjd->bhij", q[:, :, 1:], self.pairs[:, :rest, :SIZE])
         elif self.how == "keys":
             scores[..., 1:] -= self.keys[:rest]
         elif self.how == "factor":
@@ -251,6 +253,7 @@ CASES = (
     one("decay by a running sum", partial(Decays, "cumulative"), biases=1, mask="causal", scale=SCALE),
     one("decay on both sides", partial(Decays, "both"), biases=1, mask="full", scale=SCALE),
     one("all but the class token", partial(AllButTheFirst, "pairs"), scale=SCALE, biases=1),
+    one("all but the class token, by queries", partial(AllButTheFirst, "queries"), scale=SCALE, biases=1),
     one("all keys but the first", partial(AllButTheFirst, "keys"), scale=SCALE, biases=1),
     one("a factor of all but the first", partial(AllButTheFirst, "factor"), ("slice_scatter",)),
     one("a part plus its own sigmoid", partial(AllButTheFirst, "own"), ("computed from",)),
