@@ -67,6 +67,7 @@ class SpeculativeGenerate:
         drafter = None if assistant is None else assistant_drafter(assistant, self.model, config, kwargs, other)
         try:
             decoder = self.decoder()
+            self._compile_beside(decoder)
         except SubquadError as refusal:
             self.why_not = str(refusal)
             theirs = {"assistant_model": assistant, "assistant_tokenizer": other}
@@ -102,16 +103,19 @@ class SpeculativeGenerate:
         return None
 
     def decoder(self) -> Any:
-        """The model's incremental decoder, compiled beside the first generation where that is worth it."""
+        """The model's incremental decoder."""
         from subquad.text_generation import decoder_of
 
         decoder = decoder_of(self.model)
         if not self._places:
             parameters = rewritten(self.model).applied.graph.named_parameters()  # type: ignore[union-attr]
             self._places = {name: parameter.data_ptr() for name, parameter in parameters}
+        return decoder
+
+    def _compile_beside(self, decoder: Any) -> None:
+        """Compile the decoder beside its first generation, where that is worth it."""
         if sum(t.numel() * t.element_size() for t in self.model.parameters()) >= WORTH_COMPILING:
             decoder.compile(wait=False)
-        return decoder
 
 
 def _hooked(module: Any) -> bool:
