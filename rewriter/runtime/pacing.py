@@ -13,13 +13,14 @@ MOST = 16
 """Tokens that a pass may feed: the widest for which a decoder is compiled."""
 MARGIN = 1.03
 """A draft must promise, and speculation must keep, this much more than plain decoding; drafting itself costs about as much."""
-LOSS = 4.0
-"""Passes of one token that speculation may lose in all before drafting rests; what was won before is not counted against it."""
+LOSS, LEAST_LOSS = 3.0, 0.5
+"""Passes of one token that speculation may lose in all before drafting rests; what was won before is not counted against it.
+After a rest without success since it may lose half as much as before that, down to the least."""
 IDLE = 8
 """Passes in a row without a draft that was worth its cost, after which drafting rests."""
 SOON, SELDOM = 2, 64
 """Wide passes in a row after which one is plain, so that their costs can be compared: first, and at last."""
-DOUBT = 0.02
+DOUBT = 0.04
 """How far one pass moves the trust in the drafter's values."""
 REST, LONGEST = 16, 256
 """Tokens of the first rest; each that follows without success lasts twice as long, up to the longest."""
@@ -122,7 +123,7 @@ class MeasuredPacing:
             self._lost += MARGIN * self.costs.of(fed) / self.costs.of(rows) - emitted / rows
             if self._lost < 0:
                 self._lost, self._pause = 0.0, REST
-        if self._idle >= IDLE or self._lost > LOSS:
+        if self._idle >= IDLE or self._lost > max(LEAST_LOSS, LOSS * REST / self._pause):
             self._pause_drafting()
 
     def _believe(self, live: list[DraftTree], accepted: int) -> None:
