@@ -98,8 +98,8 @@ def test_a_loop_gives_the_same_tokens_or_a_reason(case: Case, capsys: Any) -> No
     report = fast.report
     if case.refused is None:
         assert not report.refusals, report.refusals
-        assert report.applied
-        assert "answered by the decoder" in " ".join(report.notes)
+        assert report.applied or case.partly
+        assert bool(report.applied) is ("answered by the decoder" in " ".join(report.notes))
         odd = [note for note in report.notes if "ran the model itself" in note and "captured for sizes" not in note]
         assert bool(odd) is bool(case.partly)
         assert all(case.partly in note for note in odd)

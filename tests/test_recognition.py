@@ -81,7 +81,7 @@ def test_two_spellings_in_one_forward_get_two_paths() -> None:
     [
         (Router(), "a router, pooling"),
         (Pooling(), "pooling or classifier"),
-        (LinearAttention(), "no product of queries and keys"),
+        (LinearAttention(), "not of a product of queries and keys"),
     ],
     ids=["router", "pooling", "linear attention"],
 )

@@ -27,7 +27,7 @@ WRITES = frozenset(["slice_scatter", "select_scatter", "index_put", "copy", "set
 FURTHEST = 24
 PROJECTION = (
     "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
-    "a router, pooling or classifier, which no attention rewrite applies to"
+    "a router, pooling or classifier, or the features of linear attention, which no attention rewrite applies to"
 )
 
 

@@ -225,7 +225,7 @@ def ids(batch: int, time: int) -> tuple[Tensor]:
 CASES = (
     core("positive random features", random_features),
     core("positive parts over their sum", positive_parts),
-    core("softmaxes on queries and on keys", softmaxes_on_both, "projection", "no product"),
+    core("softmaxes on queries and on keys", softmaxes_on_both, "projection"),
     core("retained", retained),
     core("free of attention", attention_free),
     core("weighted keys and values", weighted_key_values),
@@ -236,7 +236,7 @@ CASES = (
     core("retrieval in two steps", hopfield, found=({"heads": 4, "head_dim": 8},) * 2),
     core("pooled queries and keys", Additive, "projection", ""),
     core("weights from a network", Synthesised, "projection"),
-    Case("convolved features", ConvolvedFeatures, picture, (), ("projection", "projection")),
+    Case("convolved features", ConvolvedFeatures, picture, (), ("projection",)),
     Case("softmax over edges", Edges, edges, (), ("no softmax",)),
     Case("chain of states", Conditioned, hidden(), (), ("no softmax",)),
     Case("mixture of experts", Experts, hidden(), (), ("projection",)),
