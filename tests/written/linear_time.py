@@ -225,7 +225,7 @@ def ids(batch: int, time: int) -> tuple[Tensor]:
 CASES = (
     core("positive random features", random_features),
     core("positive parts over their sum", positive_parts),
-    core("softmaxes on queries and on keys", softmaxes_on_both, "projection"),
+    core("softmaxes on queries and on keys", softmaxes_on_both, "projection", "projection"),
     core("retained", retained),
     core("free of attention", attention_free),
     core("weighted keys and values", weighted_key_values),

@@ -151,7 +151,7 @@ CASES = (
     Case("differential", partial(Heads, differential), hidden(), (), ("", "")),
     Case("differential by outputs", partial(Heads, differential_outputs), hidden(), ({"heads": 4},) * 2),
     Case("mixture of softmaxes", partial(Heads, mixture_of_softmax), hidden(), (), ("", "")),
-    Case("softmax over features and over time", partial(Heads, feature_softmax), hidden(), (), ("projection",)),
+    Case("softmax over features and over time", partial(Heads, feature_softmax), hidden(), (), ("projection", "projection")),
     Case("elu plus one", partial(Heads, elu_plus_one), hidden(), (), ("no softmax",)),
     Case("attention over channels", partial(Heads, channel_attention), hidden(), (), ("fixed number",), FREE_LENGTH),
 )  # fmt: skip
