@@ -23,7 +23,7 @@ def narrow_attention(
 ) -> Tensor:
     """Output [B, w, H, V] of softmax attention of q [B, w, H, K] over k [B, S, Hkv, K], v [B, S, Hkv, V], in q's dtype.
 
-    seen: bool [1 or B, w, S], which keys a token sees.  sinks: [H] or None.  softcap: 0 for none.  empty_rows: a place in
+    seen: bool [B, w, S], contiguous, which keys a token sees.  sinks: [H] or None.  softcap: 0 for none.  empty_rows: a place in
     EMPTY_ROWS.  The C++ form keeps the queries of a KV head in vector lanes, reads keys and values once, as they are stored,
     for all of them, and sums in fp32: a pass of a few tokens is bound by reading them.  Has no gradient.
     """
@@ -44,8 +44,7 @@ def narrow_attention_torch(
     cap = None if softcap == 0 else softcap
     if q.shape[0] == 1 and q.shape[1] == 1:
         return _one_token(q, k, v, seen, sinks, SoftmaxSpec(scale, cap, None, EMPTY_ROWS[empty_rows]))  # type: ignore[arg-type]
-    table = "t0[b, i, j]" if seen.shape[0] > 1 or q.shape[0] == 1 else "t0[0, i, j]"
-    spec = SoftmaxSpec(scale, cap, table, EMPTY_ROWS[empty_rows])  # type: ignore[arg-type]
+    spec = SoftmaxSpec(scale, cap, "t0[b, i, j]", EMPTY_ROWS[empty_rows])  # type: ignore[arg-type]
     return softmax_attention_torch(q, [k], [v], [], [], [], None, None, sinks, [seen], [], spec.json())[0]
 
 
