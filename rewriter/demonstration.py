@@ -82,7 +82,10 @@ def demonstrate(spec: str = "smollm2", new_tokens: int = 32, prompt: str = PROMP
         out = save(fast, Path(scratch) / "exact")
         back = load(out)
         reopened = source_note(back)
-        text = "" if reopened is None else generate_text(reopened, prompt, Sampling(new_tokens)).text
+        text = ""
+        if reopened is not None:
+            compile_decoder(back)
+            text = generate_text(reopened, prompt, Sampling(new_tokens)).text
         same = text == again.text
         size = sum(p.stat().st_size for p in out.iterdir())
         facts = {
