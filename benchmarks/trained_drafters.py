@@ -16,7 +16,7 @@ from typing import Any
 import subquad
 from subquad.drafter_file import read_drafters
 from subquad.ir.trained import Trained
-from subquad.passes.speculate.speculate import HEADS, Speculate, head_drafter
+from subquad.passes.speculate.speculate import TRAINED, Speculate, trained_drafter
 from subquad.passes.speculate.suffix_automaton import SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
 from subquad.passes.speculate.union import Union
@@ -49,7 +49,7 @@ def train(tokens: int, out: Path) -> Trained:
 
     parameters, models = {}, {}
     text = training_prompts(out / "prompts.jsonl")
-    for name in HEADS:
+    for name in TRAINED:
         loaded = open_model("smollm2")
         fast = subquad.rewrite(loaded.module, passes=["fuse", f"speculate(method={name!r})"], verify=False)
         start = time.perf_counter()
@@ -83,9 +83,9 @@ def compare(
     trained = setup.decoder.trained
     makers = {"untrained": lambda: Speculate().drafter()}
     for name in trained.parameters:
-        makers[name] = lambda name=name: head_drafter(name, trained)
+        makers[name] = lambda name=name: trained_drafter(name, trained)
         makers[f"untrained + {name}"] = lambda name=name: Union(
-            (SuffixMatch(), TokenRecycling(), head_drafter(name, trained))
+            (SuffixMatch(), TokenRecycling(), trained_drafter(name, trained))
         )
     ways = {(word, width): make() for word, make in makers.items() for width in rows}
     accepted: dict[Any, dict[str, float]] = defaultdict(dict)

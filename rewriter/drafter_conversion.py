@@ -16,12 +16,11 @@ from subquad.application import Rewritten, rewritten
 from subquad.decoder import Decoder
 from subquad.ir.errors import ConversionError
 from subquad.ir.trained import head_digest
-from subquad.passes.speculate.draft_heads import DraftHeads
-from subquad.passes.speculate.speculate import HEADS
+from subquad.passes.speculate.speculate import TrainedPart
 from subquad.text_generation import decoder_of
 from subquad.training.checkpoint import Checkpoint, Progress, unfinished
 from subquad.training.foretold_text import foretold_text
-from subquad.training.heads import LEVELS, WIDTH, WORDS, HeadTraining, frequent
+from subquad.training.recipes import RECIPES, Material
 from subquad.training.session import Session
 
 
@@ -48,18 +47,17 @@ def convert_drafter(
     head = decoder.trained.found_head(name)
     seen = foretold_text(_ready(decoder), text, codec, tuple(getattr(codec, "eos", ())), tokens, model)
     torch.manual_seed(seed)
-    heads = HEADS[name](head.shape[1], frequent(seen.wanted, WORDS), min(WIDTH, head.shape[1]), LEVELS).fitted(head)
-    training = HeadTraining(heads, seen, seed)
-    if not training.batches or not len(training.training):
+    training = RECIPES[name](Material(fast, decoder, head, seen), seed)
+    if not training.batches:
         raise ConversionError(f"{tokens} tokens are too few to train on; ask for more.")
-    checkpoint = Checkpoint(unfinished(target, name), _digest(name, seen.wanted, model, seed))
+    checkpoint = Checkpoint(unfinished(target, name), _digest(training.part, seen.wanted, model, seed))
     stored = checkpoint.load()
     if stored is not None and stored[0].stage == name:
         training.load(stored[1])
     session = Session(checkpoint, stored[0] if stored is not None else Progress())
-    session.run(name, f"{name} heads", training.batches, training.size, training.work, training.tensors)
+    session.run(name, f"the {name} drafter", training.batches, training.size, training.work, training.tensors)
     guessed = training.guessed()
-    adopt(record, decoder, heads, head)
+    adopt(record, decoder, training.part, head)
     return {
         "stage": name,
         "tokens": len(seen),
@@ -68,14 +66,14 @@ def convert_drafter(
     }
 
 
-def adopt(record: Rewritten, decoder: Decoder, heads: DraftHeads, head: torch.Tensor) -> None:
-    """Draft with these heads from now on; they are kept in the dtype of the model's head of logits [V, d]."""
+def adopt(record: Rewritten, decoder: Decoder, part: TrainedPart, head: torch.Tensor) -> None:
+    """Draft with this from now on; it is kept in the dtype of the model's head of logits [V, d]."""
     known = record.trained
-    kept = {n: t.to(head.dtype) if t.is_floating_point() else t for n, t in heads.parameters_by_name().items()}
+    kept = {n: t.to(head.dtype) if t.is_floating_point() else t for n, t in part.parameters_by_name().items()}
     record.trained = replace(
         known,
-        parameters={**known.parameters, heads.name: kept},
-        models={**known.models, heads.name: head_digest(head)},
+        parameters={**known.parameters, part.name: kept},
+        models={**known.models, part.name: head_digest(head)},
     )
     decoder.trained = record.trained
 
@@ -89,6 +87,7 @@ def _ready(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def _digest(name: str, ids: torch.Tensor, model: str, seed: int) -> str:
+def _digest(part: TrainedPart, ids: torch.Tensor, model: str, seed: int) -> str:
     text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps([name, text, model, seed, WORDS, WIDTH, LEVELS]).encode()).hexdigest()[:16]
+    shapes = {name: list(tensor.shape) for name, tensor in part.parameters_by_name().items()}
+    return hashlib.sha256(json.dumps([part.name, shapes, text, model, seed]).encode()).hexdigest()[:16]

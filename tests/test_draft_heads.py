@@ -21,7 +21,8 @@ from subquad.ir.draft import DraftTree
 from subquad.ir.errors import GenerationError
 from subquad.ir.trained import Trained, head_digest
 from subquad.passes.speculate.draft_heads import DraftHeads
-from subquad.passes.speculate.head_drafts import HeadDrafter, grow
+from subquad.passes.speculate.head_drafts import HeadDrafter
+from subquad.passes.speculate.likeliest_tree import grow
 from subquad.passes.speculate.speculate import HEADS, Speculate
 from subquad.runtime.chance import seeded
 from subquad.runtime.pacing import FixedPacing

@@ -63,15 +63,21 @@ def test_what_is_foretold_stands_beside_its_token() -> None:
     rows = [[3, 4, 5], [7, 8, 9, 10, 11]]
     with torch.no_grad():
         found = written(made, rows, (), 6)
-        alone = [model.generate(torch.tensor([row]), max_new_tokens=7, do_sample=False)[0, len(row) :] for row in rows]
-        assert found.ids.tolist() == [*alone[0][:6].tolist(), *alone[1][:6].tolist()]
-        assert found.wanted.tolist() == [*alone[0][1:].tolist(), *alone[1][1:].tolist()]
-        assert found.left.tolist() == [5, 4, 3, 2, 1, 0] * 2
-        assert torch.equal((found.hidden @ model.lm_head.weight.T).argmax(-1), found.wanted)
-        end = int(alone[0][2])
+        alone = [model.generate(torch.tensor([row]), max_new_tokens=7, do_sample=False)[0] for row in rows]
+        whole = [answer.tolist() for answer in alone]
+        assert [found.ids[place].tolist() for place in found.sequences()] == [answer[:-1] for answer in whole]
+        assert [found.wanted[place].tolist() for place in found.sequences()] == [answer[1:] for answer in whole]
+        assert found.left.tolist() == [*range(8, -1, -1), *range(10, -1, -1)]
+        assert found.asked.tolist() == [True] * 3 + [False] * 6 + [True] * 5 + [False] * 6
+        assert len(found) == 12
+        logits = torch.cat([model(answer[None, :-1]).logits[0] for answer in alone])
+        assert torch.allclose(found.hidden @ model.lm_head.weight.T, logits, atol=1e-3)
+        end = int(alone[0][5])
         ended = written(made, rows, (end,), 6)
-        assert end not in ended.ids
-        assert ended.wanted[1] == end
+        first = ended.sequences()[0]
+        assert end not in ended.ids[first][3:]
+        assert ended.ids[first].tolist() == whole[0][:5]
+        assert ended.wanted[first][-1] == end
         ids = torch.randint(0, 64, (12,))
         seen = read(made, ids.tolist())
         logits = model(ids[None]).logits[0]

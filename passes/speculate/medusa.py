@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.passes.speculate.draft_heads import DraftHeads, Guess, stacked
+from subquad.passes.speculate.draft_heads import DraftHeads, stacked
+from subquad.passes.speculate.likeliest_tree import Guess
 
 
 class Medusa(DraftHeads):

@@ -80,7 +80,13 @@ class OnlineDistillation:
 
     def __post_init__(self) -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            object.__setattr__(self, "pupil", Pupil(self.drafter.heads, self.interval, self.rate))
+            object.__setattr__(self, "pupil", Pupil(self.heads, self.interval, self.rate))
+
+    @property
+    def heads(self) -> DraftHeads:
+        """What drafts and learns."""
+        assert isinstance(self.drafter.heads, DraftHeads)
+        return self.drafter.heads
 
     @property
     def acceptance(self) -> AcceptanceRule:

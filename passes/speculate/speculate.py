@@ -7,12 +7,15 @@ The default drafter unites a suffix automaton over the sequence with Token Recyc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, Self
+
+from torch import Tensor
 
 from subquad.ir.contract import Contract
 from subquad.ir.decoding import Drafter
+from subquad.ir.errors import GenerationError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.ir.trained import NOTHING, Trained
 from subquad.passes.speculate.draft_heads import DraftHeads
@@ -67,31 +70,55 @@ class Speculate(LoopRewrite):
     @property
     def trains(self) -> str | None:
         """The method, when it drafts with parameters that are trained."""
-        return self.method if self.method in HEADS else None
+        return self.method if self.method in TRAINED else None
 
     def drafter(self, trained: Trained = NOTHING) -> Drafter:
         """A drafter that has learnt nothing yet beyond what was trained."""
-        if self.method in HEADS:
-            return head_drafter(self.method, trained, self.online_update_interval)
+        if self.method in TRAINED:
+            return trained_drafter(self.method, trained, self.online_update_interval)
         return METHODS[self.method](self, trained)
 
 
+class TrainedPart(Protocol):
+    """What `convert` trains for a drafter; see rewriter/training for how."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def restored(cls, parameters: Mapping[str, Tensor], head: Tensor) -> Self:
+        """From stored parameters, beside the model's head of logits [V, d]; raises GenerationError for any others."""
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """What `restored` reads."""
+
+    def drafter(self) -> Drafter:
+        """What drafts with it."""
+
+
 HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra)}
-"""Heads that `convert` trains, by the word for them."""
+"""Heads that read the last hidden state and the tokens behind it, by the word for them."""
+TRAINED: dict[str, type[TrainedPart]] = {**HEADS}
+"""All that `convert` trains, by the word for it."""
 
 
-def head_drafter(name: str, trained: Trained, interval: int = 0) -> Drafter:
-    """Drafts by trained heads, which go on learning when an interval is given.
+def trained_drafter(name: str, trained: Trained, interval: int = 0) -> Drafter:
+    """Drafts by what was trained, which goes on learning when an interval is given.
 
-    Raises GenerationError when there are none for this model.
+    Raises GenerationError when there is nothing for this model, or when it cannot go on learning.
     """
-    made = HeadDrafter(HEADS[name].restored(*trained.of(name)))
-    return OnlineDistillation(made, interval) if interval else made
+    made = TRAINED[name].restored(*trained.of(name)).drafter()
+    if not interval:
+        return made
+    if name not in HEADS:
+        raise GenerationError(f"a {name} drafter does not learn while it is used; give online_update_interval 0.")
+    assert isinstance(made, HeadDrafter)
+    return OnlineDistillation(made, interval)
 
 
 def _default(knobs: Speculate, trained: Trained) -> Drafter:
-    heads = [head_drafter(name, trained, knobs.online_update_interval) for name in HEADS if name in trained.parameters]
-    return Union((SuffixMatch(), TokenRecycling(), *heads))
+    interval = knobs.online_update_interval
+    parts = [trained_drafter(n, trained, interval * (n in HEADS)) for n in TRAINED if n in trained.parameters]
+    return Union((SuffixMatch(), TokenRecycling(), *parts))
 
 
 METHODS: dict[str, Callable[[Speculate, Trained], Drafter]] = {
@@ -105,4 +132,4 @@ METHODS: dict[str, Callable[[Speculate, Trained], Drafter]] = {
     "layer_skip": lambda knobs, _: LayerSkip(tokens=min(LayerSkip.tokens, knobs.num_speculative_tokens)),
 }
 """Ways to draft that need no training."""
-KNOWN = tuple(sorted((*METHODS, *HEADS)))
+KNOWN = tuple(sorted((*METHODS, *TRAINED)))

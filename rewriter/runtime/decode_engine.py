@@ -69,16 +69,20 @@ class DecodeEngine:
         """An empty state."""
         return new_state(self.layout, batch, capacity, self.device)
 
-    def run(self, state: DecoderState, ids: Tensor, mask: Tensor | None = None, last_only: bool = True) -> Tensor:
+    def run(
+        self, state: DecoderState, ids: Tensor, mask: Tensor | None = None, last_only: bool = True,
+        streams: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Append tokens ids [B, w] (mask [B, w], 1 for real tokens) and return logits [B, 1 or w, vocabulary].
 
+        streams: receives the stream [B, w, ...] behind the last attention.
         Raises GenerationError when the ids do not fit the state or the model's position table.
         """
         with torch.inference_mode():
             self._admit(state, ids, mask)
             if state.length == 0:
-                return self._prompt(state, ids, last_only)
-            logits = self._step(state, ids, None, last_only)
+                return self._prompt(state, ids, last_only, streams)
+            logits = self._step(state, ids, None, last_only, (), streams)
             commit(state, [range(ids.shape[1])] * state.batch)
             return logits
 
@@ -192,11 +196,11 @@ class DecodeEngine:
                 values = torch.as_tensor(value, device=state.device).expand(batch, width)
                 state.tokens[name].scatter_(1, starts + state.arange[:width], values)
 
-    def _prompt(self, state: DecoderState, ids: Tensor, last_only: bool) -> Tensor:
+    def _prompt(self, state: DecoderState, ids: Tensor, last_only: bool, streams: list[Tensor] | None = None) -> Tensor:
         remember(state)
         chosen = self._compiled(0, ids.numel()) or self.eager["first"]
         shared = prompt_inputs(self.layout, state, ids)
-        logits = _execute(chosen, shared, self.layout, state, ids.shape, last_only)
+        logits = _execute(chosen, shared, self.layout, state, ids.shape, last_only, (), streams)
         state.lengths = [ids.shape[1]] * state.batch
         return logits
 

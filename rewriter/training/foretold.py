@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,26 +17,33 @@ class Foretold:
     """Sequences one after another.
 
     ids: int64 [N].  wanted: int64 [N], the token that the model finds likeliest behind each.  hidden: [N, d], what its head
-    of logits read there.  left: int64 [N], tokens that follow in the same sequence.
+    of logits read there.  left: int64 [N], tokens that follow in the same sequence.  asked: bool [N], True for a token of the
+    prompt, which is context and nothing to learn from; what is wanted behind it is the token that follows.
     """
 
     ids: Tensor
     wanted: Tensor
     hidden: Tensor
     left: Tensor
+    asked: Tensor
 
     def __len__(self) -> int:
-        return len(self.ids)
+        """Tokens to learn from."""
+        return int((~self.asked).sum())
 
     @staticmethod
     def joined(parts: Sequence[Foretold]) -> Foretold:
         """The sequences of all parts."""
-        names = ("ids", "wanted", "hidden", "left")
-        return Foretold(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return Foretold(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(Foretold)))
+
+    def sequences(self) -> list[slice]:
+        """The places of each sequence."""
+        ends = (self.left == 0).nonzero().flatten() + 1
+        return [slice(first, end) for first, end in itertools.pairwise([0, *ends.tolist()])]
 
 
 def written(decoder: Decoder, rows: Sequence[Sequence[int]], eos: Sequence[int], longest: int) -> Foretold:
-    """Greedy answers of at most `longest` tokens to prompts, each up to the token in front of an id of `eos`."""
+    """Prompts with greedy answers of at most `longest` tokens, each up to the token in front of an id of `eos`."""
     engine = decoder.engine
     assert engine.readout is not None
     width, batch = max(map(len, rows)), len(rows)
@@ -45,7 +53,8 @@ def written(decoder: Decoder, rows: Sequence[Sequence[int]], eos: Sequence[int],
         mask[n, width - len(row) :] = 1
     state = engine.start(batch, width + longest)
     given = None if bool(mask.all()) else mask.to(engine.device)
-    token = engine.run(state, ids.to(engine.device), given)[:, -1].argmax(-1)
+    streams: list[Tensor] = []
+    token = engine.run(state, ids.to(engine.device), given, streams=streams)[:, -1].argmax(-1)
     ends = torch.tensor(eos, dtype=torch.int64, device=engine.device)
     fed: list[Tensor] = []
     read: list[Tensor] = []
@@ -58,12 +67,16 @@ def written(decoder: Decoder, rows: Sequence[Sequence[int]], eos: Sequence[int],
         token = logits[:, 0].argmax(-1)
         ended |= torch.isin(token, ends)
     tokens = torch.stack([*fed, token], 1).cpu()
-    hidden = torch.stack(read, 1).cpu() if read else torch.empty(batch, 0, engine.readout.weight.shape[1])
+    empty = torch.empty(batch, 0, engine.readout.weight.shape[1], dtype=streams[0].dtype)
+    hidden = torch.stack(read, 1).cpu() if read else empty
     stops = torch.isin(tokens, ends.cpu())
-    lengths = [int(row.nonzero()[0]) if bool(row.any()) else len(fed) for row in stops]
-    return Foretold.joined(
-        [_sequence(tokens[n, :end], tokens[n, 1 : end + 1], hidden[n, :end]) for n, end in enumerate(lengths)]
-    )
+    found = []
+    for n, row in enumerate(rows):
+        end = int(stops[n].nonzero()[0]) if bool(stops[n].any()) else len(fed)
+        before = engine.readout.reads(streams[0][n, width - len(row) :, None]).cpu()
+        whole = torch.cat([torch.tensor(list(row)), tokens[n, : end + 1]])
+        found.append(_sequence(whole[:-1], whole[1:], torch.cat([before, hidden[n, :end]]), len(row)))
+    return Foretold.joined(found)
 
 
 def read(decoder: Decoder, ids: Sequence[int]) -> Foretold:
@@ -74,8 +87,9 @@ def read(decoder: Decoder, ids: Sequence[int]) -> Foretold:
     state = engine.start(1, len(ids))
     engine.run(state, given[:, :1])
     logits, stream = engine.verify(state, given[:, 1:])
-    return _sequence(given[0, 1:].cpu(), logits[0].argmax(-1).cpu(), engine.readout.reads(stream[0, :, None]).cpu())
+    return _sequence(given[0, 1:].cpu(), logits[0].argmax(-1).cpu(), engine.readout.reads(stream[0, :, None]).cpu(), 0)
 
 
-def _sequence(ids: Tensor, wanted: Tensor, hidden: Tensor) -> Foretold:
-    return Foretold(ids.clone(), wanted.clone(), hidden.clone(), torch.arange(len(ids) - 1, -1, -1))
+def _sequence(ids: Tensor, wanted: Tensor, hidden: Tensor, asked: int) -> Foretold:
+    left = torch.arange(len(ids) - 1, -1, -1)
+    return Foretold(ids.clone(), wanted.clone(), hidden.clone(), left, torch.arange(len(ids)) < asked)

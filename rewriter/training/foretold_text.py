@@ -22,6 +22,8 @@ ROWS, LONGEST = 16, 128
 CHUNK = 256
 """Tokens that are read at once."""
 FOLDER = "foretold"
+FORMAT = 2
+"""Of the batches that are kept."""
 
 Make = Callable[[], Foretold]
 
@@ -33,7 +35,7 @@ def foretold_text(decoder: Decoder, text: Path, codec: Any, eos: Sequence[int], 
     by which batches are kept, so that an interrupted run goes on.  Raises ConversionError when the text is too short.
     """
     data = hashlib.sha256(text.read_bytes() if text.is_file() else b"").hexdigest()
-    key = hashlib.sha256(f"{model} {data} {ROWS} {LONGEST} {CHUNK} {eos}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{FORMAT} {model} {data} {ROWS} {LONGEST} {CHUNK} {eos}".encode()).hexdigest()[:16]
     folder = cache_root() / FOLDER / key
     folder.mkdir(parents=True, exist_ok=True)
     limit = decoder.limit or CHUNK + MOST

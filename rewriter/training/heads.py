@@ -41,7 +41,7 @@ class HeadTraining:
 
     def __init__(self, heads: DraftHeads, text: Foretold, seed: int = 0) -> None:
         self.heads, self.text = heads, text
-        usable = (text.left >= 1).nonzero().flatten()
+        usable = ((text.left >= 1) & ~text.asked).nonzero().flatten()
         held = int(len(usable) * HELD_OUT)
         order = torch.Generator().manual_seed(seed)
         self.training, self.held_out = usable[: len(usable) - held], usable[len(usable) - held :]
@@ -56,6 +56,11 @@ class HeadTraining:
         self.optimiser = torch.optim.AdamW(
             heads.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
         )
+
+    @property
+    def part(self) -> DraftHeads:
+        """The heads."""
+        return self.heads
 
     def work(self, number: int) -> dict[str, float]:
         """Train on batch `number`."""
