@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from subquad.ir.decoding import AcceptanceRule, Choice, Shortcut, Verified
+from subquad.ir.decoding import AcceptanceRule, Choice, OwnModel, Verified
 from subquad.ir.draft import DraftTree
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
 
@@ -98,20 +98,19 @@ class LayerSkip:
 class _Skipping:
     drafter: LayerSkip
     last: int
-    _run: Shortcut | None = None
-    _blocks: int = 0
+    _own: OwnModel | None = None
     _drafted: int = 0
 
-    def attach(self, blocks: int, run: Shortcut) -> None:
+    def attach(self, own: OwnModel) -> None:
         """Draft with this model."""
-        self._blocks, self._run = blocks, run
+        self._own = own
 
     def propose(self, rows: int, depth: int) -> DraftTree:
         """The chain; each token runs the whole chain again, which costs what one token does as long as it is short."""
         knobs, chain = self.drafter, [self.last]
-        skipped = knobs.search.skipped(self._blocks)
-        while self._run is not None and len(chain) <= min(rows, depth, knobs.tokens):
-            law = self._run(chain, skipped)[-1].float().softmax(-1)
+        skipped = knobs.search.skipped(0 if self._own is None else self._own.blocks)
+        while self._own is not None and len(chain) <= min(rows, depth, knobs.tokens):
+            law = self._own.skipping(chain, skipped)[-1].float().softmax(-1)
             chain.append(int(law.argmax()))
             if float(law[chain[-1]]) < knobs.confidence:
                 break

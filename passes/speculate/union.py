@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, Verified
+from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, OwnModel, SelfDrafting, Verified
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import PassError
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
@@ -68,6 +68,12 @@ class Union:
 @dataclass
 class _United:
     parts: list[Drafting]
+
+    def attach(self, own: OwnModel) -> None:
+        """The parts that draft with the model itself get it."""
+        for part in self.parts:
+            if isinstance(part, SelfDrafting):
+                part.attach(own)
 
     def propose(self, rows: int, depth: int) -> DraftTree:
         """The merged tree of at most `rows` nodes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -45,20 +45,50 @@ class RollbackStepper(Stepper, Protocol):
         """Take back the last tokens of each row."""
 
 
-Shortcut = Callable[[Sequence[int], Collection[int]], Tensor]
-"""(chain of tokens, the pending one first; numbers of the blocks to leave out) → logits [n, V] behind them.  Nothing is kept."""
+class Blocks(Protocol):
+    """The first blocks of a network over one sequence, with keys and values of their own."""
+
+    def run(self, tokens: Sequence[int], column: int, blocks: range, stream: Tensor | None = None) -> Tensor:
+        """The residual stream [n, ...] behind `blocks` of tokens that stand from a column of the sequence on.
+
+        stream: what lies in front of the first of the blocks, None for block 0.  All tokens before must have run through the
+        same blocks; those behind, if any, are forgotten.
+        """
 
 
-@runtime_checkable
-class SkippingStepper(Protocol):
-    """A Stepper whose model can run without some of its blocks."""
+class OwnModel(Protocol):
+    """The model that decodes a sequence, for a drafter that drafts with it.  Nothing it does changes what is decoded."""
 
     @property
     def blocks(self) -> int:
-        """How many blocks the model has that can be left out; 0 when it cannot do without any."""
+        """How many blocks the model has, one after another on its residual stream; they can be left out."""
 
-    def skipping(self, row: int, tokens: Sequence[int], skip: Collection[int]) -> Tensor:
-        """Logits [n, V] of a chain behind one row without some blocks; nothing is pending afterwards."""
+    def skipping(self, tokens: Sequence[int], skip: Collection[int]) -> Tensor:
+        """Logits [n, V] of a chain of tokens, the pending one first, without some blocks; nothing is kept."""
+
+    def watch(self, block: int) -> None:
+        """Ask for the stream in front of a block from the next pass on."""
+
+    def stream(self, block: int, nodes: Sequence[int]) -> Tensor:
+        """The stream [n, ...] in front of a watched block behind nodes of what was verified last, until the next pass."""
+
+    def ahead(self, tokens: Sequence[int], place: int, blocks: int) -> Tensor:
+        """The stream [n, ...] behind the first `blocks` blocks of tokens of a chain.
+
+        place: of the first token; the pending one has 0.  They read the model's own keys and values, and leave theirs behind
+        what is committed, until the next pass.
+        """
+
+    def copy(self, blocks: int, weights: Mapping[str, Tensor] | None = None) -> Blocks:
+        """The first blocks with a state of their own that holds nothing yet, and with other weights by name where given."""
+
+
+@runtime_checkable
+class OwningStepper(Protocol):
+    """A Stepper whose model can serve a drafter."""
+
+    def own(self, row: int) -> OwnModel:
+        """The model as one row decodes with it."""
 
 
 @runtime_checkable
@@ -143,8 +173,8 @@ class Drafting(Protocol):
 class SelfDrafting(Protocol):
     """A Drafting that drafts with the model itself; without it, it drafts nothing."""
 
-    def attach(self, blocks: int, run: Shortcut) -> None:
-        """The model of this sequence, and how many blocks it has."""
+    def attach(self, own: OwnModel) -> None:
+        """The model of this sequence."""
 
 
 class Drafter(Protocol):

@@ -17,6 +17,9 @@ from subquad.runtime.readout import Readout, find_readout
 from subquad.runtime.schedule import Runner, Schedule
 from subquad.runtime.state import DecoderState, Pending, Recurrence, commit, cut_back, new_state, remember, reserve
 
+TAIL = -1
+"""The key of the stream behind the last attention."""
+
 
 class SharedInputs(Protocol):
     """Values by placeholder name."""
@@ -71,12 +74,12 @@ class DecodeEngine:
 
     def run(
         self, state: DecoderState, ids: Tensor, mask: Tensor | None = None, last_only: bool = True,
-        streams: list[Tensor] | None = None,
+        streams: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Append tokens ids [B, w] (mask [B, w], 1 for real tokens) and return logits [B, 1 or w, vocabulary].
 
-        streams: receives the stream [B, w, ...] behind the last attention.
-        Raises GenerationError when the ids do not fit the state or the model's position table.
+        streams: receives the stream [B, w, ...] behind the last attention under TAIL, and in front of blocks whose numbers are
+        its keys.  Raises GenerationError when the ids do not fit the state or the model's position table.
         """
         with torch.inference_mode():
             self._admit(state, ids, mask)
@@ -87,21 +90,23 @@ class DecodeEngine:
             return logits
 
     def verify(
-        self, state: DecoderState, ids: Tensor, parents: Tensor | None = None, skip: Collection[int] = ()
-    ) -> tuple[Tensor, Tensor]:
+        self, state: DecoderState, ids: Tensor, parents: Tensor | None = None, skip: Collection[int] = (),
+        watched: dict[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Logits [B, w, vocabulary] and stream [B, w, ...] behind the last attention, of nodes ids [B, w]; all are pending.
 
         parents: int64 [w] or [B, w], the node before each node (smaller than its own number) or -1 where it follows what is
-        committed; None for chains.  skip: numbers of the blocks (see `blocks`) that are left out.
+        committed; None for chains.  skip: numbers of the blocks (see `blocks`) that are left out.  watched: its keys are
+        numbers of blocks; receives the stream in front of each.
         Raises GenerationError for trees in a model that can run chains only, and as `run` does.
         """
         with torch.inference_mode():
             if parents is not None and not self.layout.trees:
                 raise GenerationError("the model has recurrent states, so that only chains of tokens can be verified.")
             self._admit(state, ids, None)
-            streams: list[Tensor] = []
+            streams: dict[int, Tensor] = {} if watched is None else watched
             logits = self._step(state, ids, parents, False, skip, streams)
-            return logits, streams[0]
+            return logits, streams.pop(TAIL)
 
     def commit(self, state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
         """Keep of the pending nodes those of each row's path, the root first; see `runtime.state.commit`."""
@@ -196,7 +201,9 @@ class DecodeEngine:
                 values = torch.as_tensor(value, device=state.device).expand(batch, width)
                 state.tokens[name].scatter_(1, starts + state.arange[:width], values)
 
-    def _prompt(self, state: DecoderState, ids: Tensor, last_only: bool, streams: list[Tensor] | None = None) -> Tensor:
+    def _prompt(
+        self, state: DecoderState, ids: Tensor, last_only: bool, streams: dict[int, Tensor] | None = None
+    ) -> Tensor:
         remember(state)
         chosen = self._compiled(0, ids.numel()) or self.eager["first"]
         shared = prompt_inputs(self.layout, state, ids)
@@ -206,22 +213,25 @@ class DecodeEngine:
 
     def _step(
         self, state: DecoderState, ids: Tensor, parents: Tensor | None, last_only: bool, skip: Collection[int] = (),
-        streams: list[Tensor] | None = None,
+        streams: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         tokens = next_tokens(state, ids, parents)
         batch, width = ids.shape
         remember(state)
         known = None if parents is None else parents.expand(batch, width).tolist()
         state.pending = Pending(ids, known, state.recurrence)
-        if state.shared is None:
-            chosen = self._compiled(1, tokens.ids.numel()) or self.eager["step"]
-        else:
-            chosen = self.eager["joined"]
+        chosen = self.stepping(state, tokens.ids.numel())
         inputs = StepInputs(self.layout, state, tokens)
         logits = _execute(chosen, inputs, self.layout, state, tokens.ids.shape, last_only, skip, streams)
         if streams is not None:
-            streams[:] = [streams[0][:, -width:]]
+            streams.update({n: stream[:, -width:] for n, stream in streams.items()})
         return logits[:, -width:]
+
+    def stepping(self, state: DecoderState, rows: int) -> Executor:
+        """What runs `rows` tokens in all behind those of a state."""
+        if state.shared is not None:
+            return self.eager["joined"]
+        return self._compiled(1, rows) or self.eager["step"]
 
     def _compiled(self, before: int, rows: int) -> Executor | None:
         for one in self.layout.classes:
@@ -232,21 +242,23 @@ class DecodeEngine:
 
 def _execute(
     chosen: Executor, shared: SharedInputs, layout: DecoderLayout, state: DecoderState, shape: tuple[int, ...],
-    last_only: bool, skip: Collection[int] = (), streams: list[Tensor] | None = None, ends: Tensor | None = None,
+    last_only: bool, skip: Collection[int] = (), streams: dict[int, Tensor] | None = None, ends: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits [B, w or 1, V] of a pass of this shape [B, w]; the recurrent states become those after it.
 
-    streams: receives the stream [B, w, ...] behind the last attention.  ends: int64 [n], the places among all tokens of the
-    pass of those whose logits [n, 1, V] are wanted, where they are not the last column's.
+    streams: receives the stream [B, w, ...] in front of each block that is a key of it, and behind the last attention.
+    ends: int64 [n], the places among all tokens of the pass of those whose logits [n, 1, V] are wanted, where they are not the
+    last column's.
     """
-    schedule, tensors = chosen.schedule, _named_states(layout, state)
-    stream, *sides = chosen.entry([*(shared[name] for name in chosen.reads), *chosen.entry_weights])
-    sides += [shared[name] for name in schedule.raw]
+    schedule, tensors = chosen.schedule, named_states(layout, state)
+    stream, sides = entered(chosen, shared)
     kept = shape
     for n, (runner, used, weights, names, returned) in enumerate(chosen.calls):
+        if streams is not None and n in streams:
+            streams[n] = _by_row(stream, shape)
         if n == schedule.tail:
             if streams is not None:
-                streams.append(_by_row(stream, shape))
+                streams[TAIL] = _by_row(stream, shape)
             if last_only:
                 stream, kept = _last(stream, shape, ends), (shape[0] if ends is None else len(ends), 1)
         if n in skip and n < schedule.tail:
@@ -257,12 +269,18 @@ def _execute(
             recurrent = [name for name in names if name.rpartition("_")[0] in RECURRENT]
             tensors.update(zip(_in_order(recurrent), outputs[1:], strict=True))
     _take_recurrent(layout, state, tensors, shape[1])
-    if streams == []:
-        streams.append(_by_row(stream, shape))
+    if streams is not None and TAIL not in streams:
+        streams[TAIL] = _by_row(stream, shape)
     if last_only and kept == shape and ends is not None:
         stream, kept = _last(stream, shape, ends), (len(ends), 1)
     stream = _by_row(stream, kept)
     return stream[:, -1:] if last_only else stream
+
+
+def entered(chosen: Executor, shared: SharedInputs) -> tuple[Tensor, list[Tensor]]:
+    """The stream in front of the first block, and the side values."""
+    stream, *sides = chosen.entry([*(shared[name] for name in chosen.reads), *chosen.entry_weights])
+    return stream, [*sides, *(shared[name] for name in chosen.schedule.raw)]
 
 
 def _last(stream: Tensor, shape: tuple[int, ...], ends: Tensor | None) -> Tensor:
@@ -292,7 +310,7 @@ def _in_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name.rpartition("_")[2]), RECURRENT.index(name.rpartition("_")[0])))
 
 
-def _named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
+def named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
     """The state tensors by placeholder name."""
     keys, values, recurrent = iter(state.k), iter(state.v), iter(state.recurrence.sites)
     above, named = _above(state), dict[str, Tensor]()

@@ -15,9 +15,9 @@ from subquad.ir.decoding import (
     Choice,
     Drafter,
     Drafting,
+    OwningStepper,
     RevealingStepper,
     SelfDrafting,
-    SkippingStepper,
     Stepper,
     Verified,
 )
@@ -138,8 +138,10 @@ def speculate(
     if drafter is not None:
         for row, prompt, new in zip(rows, prompts, emitted, strict=True):
             row.drafting = None if row.ended else drafter.start((*prompt, new[0].token), row.choice)
-            if isinstance(row.drafting, SelfDrafting) and isinstance(stepper, SkippingStepper) and stepper.blocks:
-                row.drafting.attach(stepper.blocks, functools.partial(stepper.skipping, row.number))
+            if isinstance(row.drafting, SelfDrafting) and isinstance(stepper, OwningStepper):
+                own = stepper.own(row.number)
+                if own.blocks:
+                    row.drafting.attach(own)
     reveal = stepper.hidden if isinstance(stepper, RevealingStepper) else None
     while not all(row.ended for row in rows):
         start = time.perf_counter()

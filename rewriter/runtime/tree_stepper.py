@@ -13,6 +13,7 @@ from torch import Tensor
 from subquad.ir.draft import DraftTree
 from subquad.runtime.decode_engine import DecodeEngine
 from subquad.runtime.key_tree import columns_of, separate
+from subquad.runtime.own_model import RowModel
 from subquad.runtime.prefix_tree import Sharing, sorted_rows
 from subquad.runtime.radix_tree import Keys
 from subquad.runtime.shared_prompt import KnownPrefixes, run_shared
@@ -47,7 +48,9 @@ class TreeStepper:
         self.cache = cache
         self.state: DecoderState | None = None
         self.order: list[int] | None = None
+        self.watched: set[int] = set()
         self._stream: Tensor | None = None
+        self._streams: dict[int, Tensor] = {}
 
     @property
     def trees(self) -> bool:
@@ -114,7 +117,8 @@ class TreeStepper:
             above = [(-1,) * width if tree is None else tree.parents + (-1,) * (width - len(tree)) for tree in trees]
             parents = torch.tensor(above, device=self.engine.device)
         nodes = torch.tensor(filled, device=self.engine.device)
-        logits, self._stream = self.engine.verify(self.state, nodes, parents)
+        self._streams = dict.fromkeys(self.watched, nodes)
+        logits, self._stream = self.engine.verify(self.state, nodes, parents, (), self._streams)
         found = [row[:length] for row, length in zip(logits, lengths, strict=True)]
         if self.order is None:
             return found
@@ -124,8 +128,19 @@ class TreeStepper:
         """What the head of logits read behind nodes of one row of the last `verify`, [n, d]."""
         assert self._stream is not None
         assert self.engine.readout is not None
-        place = row if self.order is None else self.order.index(row)
-        return self.engine.readout.reads(self._stream[place, list(nodes)].unsqueeze(1))
+        return self.engine.readout.reads(self._stream[self.place(row), list(nodes)].unsqueeze(1))
+
+    def place(self, row: int) -> int:
+        """Where a row of the batch lies in the state."""
+        return row if self.order is None else self.order.index(row)
+
+    def own(self, row: int) -> RowModel:
+        """The model as the drafter of one row sees it."""
+        return RowModel(self, row)
+
+    def stream(self, block: int, row: int, nodes: Sequence[int]) -> Tensor:
+        """The stream [n, ...] in front of a watched block behind nodes of one row of the last `verify`."""
+        return self._streams[block][self.place(row), list(nodes)]
 
     @property
     def blocks(self) -> int:
@@ -135,7 +150,7 @@ class TreeStepper:
     def skipping(self, row: int, tokens: Sequence[int], skip: Collection[int]) -> Tensor:
         """Logits [n, V] of a chain behind one row without some blocks; what it wrote lies behind the rows' ends."""
         assert self.state is not None
-        place = row if self.order is None else self.order.index(row)
+        place = self.place(row)
         ids = torch.zeros(self.state.batch, len(tokens), dtype=torch.int64, device=self.engine.device)
         ids[place] = torch.tensor(tokens, device=self.engine.device)
         return self.engine.verify(self.state, ids, None, skip)[0][place]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.decoder import Decoder
+from subquad.runtime.decode_engine import TAIL
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def written(decoder: Decoder, rows: Sequence[Sequence[int]], eos: Sequence[int],
         mask[n, width - len(row) :] = 1
     state = engine.start(batch, width + longest)
     given = None if bool(mask.all()) else mask.to(engine.device)
-    streams: list[Tensor] = []
+    streams: dict[int, Tensor] = {}
     token = engine.run(state, ids.to(engine.device), given, streams=streams)[:, -1].argmax(-1)
     ends = torch.tensor(eos, dtype=torch.int64, device=engine.device)
     fed: list[Tensor] = []
@@ -67,13 +68,13 @@ def written(decoder: Decoder, rows: Sequence[Sequence[int]], eos: Sequence[int],
         token = logits[:, 0].argmax(-1)
         ended |= torch.isin(token, ends)
     tokens = torch.stack([*fed, token], 1).cpu()
-    empty = torch.empty(batch, 0, engine.readout.weight.shape[1], dtype=streams[0].dtype)
+    empty = torch.empty(batch, 0, engine.readout.weight.shape[1], dtype=streams[TAIL].dtype)
     hidden = torch.stack(read, 1).cpu() if read else empty
     stops = torch.isin(tokens, ends.cpu())
     found = []
     for n, row in enumerate(rows):
         end = int(stops[n].nonzero()[0]) if bool(stops[n].any()) else len(fed)
-        before = engine.readout.reads(streams[0][n, width - len(row) :, None]).cpu()
+        before = engine.readout.reads(streams[TAIL][n, width - len(row) :, None]).cpu()
         whole = torch.cat([torch.tensor(list(row)), tokens[n, : end + 1]])
         found.append(_sequence(whole[:-1], whole[1:], torch.cat([before, hidden[n, :end]]), len(row)))
     return Foretold.joined(found)
