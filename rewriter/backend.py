@@ -33,7 +33,7 @@ from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.passes.canonicalize.torch_layers import kept_layers, layers_written_out
 from subquad.pipeline import applied_entry, choose, is_selected
-from subquad.recognition import recognise
+from subquad.recognition import recognise, refused_whole
 from subquad.unrolled_run import UnrolledLoop, unrolled_loop
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _rewritten(
     except Exception as error:
         log.exception("subquad leaves a graph as it is, because of an error of its own")
         reason = f"subquad failed on it ({type(error).__name__}: {first_line(error)}), so it is compiled as it was."
-        return graph, Report(refusals=[Refusal("", "graph", reason)])
+        return graph, refused_whole(graph, reason)
 
 
 def rewrite_dynamo_graph(
@@ -160,7 +160,7 @@ def rewrite_dynamo_graph(
     try:
         graph = canonical_graph(graph)
     except CaptureError as error:
-        return original, Report(refusals=[Refusal("", "graph", str(error))])
+        return original, refused_whole(original, str(error))
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     mark_parameters(placeholders)
     capture = Capture(

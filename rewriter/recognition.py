@@ -9,13 +9,17 @@ import torch.fx
 
 from subquad.capture import Capture
 from subquad.ir.graph import attribute, module_path, source_of
-from subquad.ir.refusal import Refusal
+from subquad.ir.refusal import Refusal, refuse
 from subquad.ir.report import Report
 from subquad.ir.vocabulary import kind
+from subquad.passes.canonicalize.flex_attention import is_flex
+from subquad.passes.canonicalize.torch_layers import is_layer
 from subquad.passes.recognize.attention import find_attention
 from subquad.passes.recognize.loop_carried import find_while_loops
 from subquad.passes.recognize.loop_unrolled import Unrolled, find_unrolled
 from subquad.passes.recognize.near_miss import nearest_miss
+from subquad.passes.recognize.normalisation import read_softmax
+from subquad.passes.recognize.refusing import NotAttention
 from subquad.passes.share_prefix.find_prefixes import find_prefixes
 
 
@@ -47,6 +51,31 @@ def recognise(capture: Capture, report: Report) -> Report:
     report.prefixes.extend(find_prefixes(capture.graph, sites))
     report.seconds["prefixes"] = time.perf_counter() - start
     return report
+
+
+def refused_whole(module: torch.fx.GraphModule, reason: str) -> Report:
+    """A refusal of a graph that stays as it is, and one for each softmax and attention call in it.
+
+    reason: a sentence that says why.
+    """
+    refusals = [Refusal("", "graph", reason)]
+    for node in module.graph.nodes:
+        what = _anchored(node)
+        if what is not None:
+            refusals.append(refuse(node, what, f"it stands in a graph that stays as it is: {reason}"))
+    return Report(refusals=refusals)
+
+
+def _anchored(node: torch.fx.Node) -> str | None:
+    """What a node is of a graph that may be in any state: "attention", "softmax" or None for neither."""
+    try:
+        if kind(node) == "sdpa" or is_flex(node) or is_layer(node):
+            return "attention"
+        return None if read_softmax(node) is None else "softmax"
+    except NotAttention:
+        return "softmax"
+    except Exception:
+        return None
 
 
 def _add_loops(module: torch.fx.GraphModule, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def test_autocast_regions_are_written_out_in_inference_and_autocast_around_a_gra
     allowed = 2 * (model(X) - exact).norm() + 2**-8 * exact.abs().max()
     assert (got - exact).norm() <= allowed
     got, (report,) = compiled(model, X, training=True)
-    assert [("autocast region" in r.reason, "trained" in r.reason) for r in report.refusals] == [(True, True)]
+    assert [r.what for r in report.refusals] == ["graph", "attention", "softmax"]
+    assert all("autocast region" in r.reason and "trained" in r.reason for r in report.refusals)
     torch.testing.assert_close(got, model(X))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, (report,) = compiled(TwoSpellings(), X)
@@ -86,7 +88,43 @@ def test_a_write_that_cannot_be_a_value_is_refused_and_runs_as_it_did() -> None:
         return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]) + y.sum()
 
     got, (report,) = compiled(attend, X)
-    assert "`transpose_` changes the shape" in report.refusals[0].reason
+    whole, call = report.refusals
+    assert "`transpose_` changes the shape" in whole.reason
+    assert (call.what, whole.reason in call.reason) == ("attention", True)
+    assert re.search(r"test_backend_graphs\.py:\d+$", call.source)
+    torch.testing.assert_close(got, attend(X))
+
+
+class Router(nn.Module):
+    """One expert's share per token, from a gate that every forward converts to float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(32, 4, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.gate = self.gate.to(torch.float32)
+        exponentials = self.gate(x).exp()
+        return F.softmax(self.gate(x), -1) + exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def test_a_router_that_converts_its_gate_is_accounted_for() -> None:
+    got, (report,) = compiled(Router(torch.float32), X)
+    assert [(r.what, "a router" in r.reason) for r in report.refusals] == [("softmax", True)] * 2
+    torch.testing.assert_close(got, Router(torch.float32)(X))
+
+
+def test_a_tensor_that_is_set_to_another_is_no_value() -> None:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y.set_(y).set_(x * 2)
+        exponentials = (y @ x.transpose(1, 2) * 0.1).exp()
+        return exponentials / exponentials.sum(-1, keepdim=True) @ x
+
+    got, (report,) = compiled(attend, X)
+    assert [r.what for r in report.refusals] == ["graph", "softmax"]
+    assert all("`set_` gives a tensor other memory" in r.reason for r in report.refusals)
     torch.testing.assert_close(got, attend(X))
 
 

@@ -26,6 +26,8 @@ KINDS = {
 }
 """The four kinds of models with a head, and the bare models of the architectures that have none of them."""
 LARGEST = 30_000_000
+LABELS = 64
+"""Classes of image models: the two or three rows of two that they have by default are too few numbers to estimate an error."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _configs(entry: Architecture, reasons: list[str]) -> Iterator[Any]:
             lines = str(error).strip().splitlines()
             reasons.append(f"{type(error).__name__}: {lines[-1].strip()[:160] if lines else ''}")
             continue
+        if entry.kind == "image":
+            config.num_labels = LABELS
         yield _as_decoder(config) if entry.kind == "causal" else config
         text = config.get_text_config(decoder=True)
         if text is not config:

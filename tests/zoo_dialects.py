@@ -48,7 +48,8 @@ def refusal_words(report: Report) -> list[tuple[str, str]]:
 
 @dataclass
 class Compiled:
-    """What a model shows under torch.compile: sites, refusals, number of graphs, its output with `fuse` applied."""
+    """What a model shows under torch.compile: sites and refusals of every run of a graph, which layers may share, in the order
+    in which they ran; the number of graphs; its output with `fuse` applied."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
@@ -63,9 +64,13 @@ def through_dynamo(model: nn.Module, inputs: dict[str, Any]) -> Compiled:
     def backend(graph: torch.fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
         found.graphs += 1
         rewritten, report = rewrite_dynamo_graph(graph, example, parse_passes("fuse"))
-        found.sites.extend(report.sites)
-        found.refusals.extend(refusal_words(report))
-        return rewritten.forward
+
+        def run(*given: Any) -> Any:
+            found.sites.extend(report.sites)
+            found.refusals.extend(refusal_words(report))
+            return rewritten.forward(*given)
+
+        return run
 
     torch._dynamo.reset()
     try:

@@ -64,6 +64,8 @@ def write_of(node: Node) -> Write | None:
 
     Raises Unsupported for a write that cannot be expressed as a value.
     """
+    if _sets_itself(node):
+        return None
     if node.op == "call_method":
         return _method(node)
     if node.op == "call_module":
@@ -71,6 +73,17 @@ def write_of(node: Node) -> Write | None:
     if node.op == "call_function":
         return _overload(node) if isinstance(node.target, torch._ops.OpOverload) else _function(node)
     return None
+
+
+def _sets_itself(node: Node) -> bool:
+    """True for `set_` given the very tensor that it changes, as `module.to(dtype)` does where the dtype is the same.
+
+    Recorded values do not say so by their memory, which `set_` gave the recorded value too, but by being one object.
+    """
+    if str(getattr(node.target, "__name__", node.target)) not in ("set_", "set_.source_Tensor"):
+        return False
+    one, other = node.args if len(node.args) == 2 else (None, None)
+    return isinstance(one, Node) and isinstance(other, Node) and value_of(one) is value_of(other)
 
 
 def _is_tensor(node: Any) -> bool:
@@ -90,6 +103,8 @@ def _in_place(node: Node, name: str) -> Write:
     """`x.name_(…)`, also as a function with a trailing underscore."""
     target, rest, kwargs = node.args[0], node.args[1:], dict(node.kwargs)
     assert isinstance(target, Node)
+    if name == "set_":
+        raise Unsupported("`set_` gives a tensor other memory; assign the other tensor instead")
     if name in RESHAPING:
         raise Unsupported(f"`{name}` changes the shape of a tensor in place; use `{name[:-1]}` and its result")
     if name == "copy_":

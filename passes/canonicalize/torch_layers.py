@@ -26,12 +26,12 @@ def layers_written_out(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
     module: a graph with recorded values.  What torch does not trace stays, with the reason in its meta.
     """
-    if not any(_is_layer(node) for node in module.graph.nodes):
+    if not any(is_layer(node) for node in module.graph.nodes):
         return module
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     copied = torch.fx.GraphModule(module, graph)
-    for node in [node for node in graph.nodes if _is_layer(node)]:
+    for node in [node for node in graph.nodes if is_layer(node)]:
         try:
             retrace(copied, [node], composite=True, instead=lambda target: WRITTEN_OUT.get(target, target))
         except Exception as error:
@@ -45,11 +45,12 @@ def kept_layers(module: torch.fx.GraphModule) -> list[Refusal]:
     return [
         refuse(node, "attention", f"`{node.target.__name__}` could not be written out: {node.meta.get(KEPT, '')}")
         for node in module.graph.nodes
-        if _is_layer(node)
+        if is_layer(node)
     ]
 
 
-def _is_layer(node: Node) -> bool:
+def is_layer(node: Node) -> bool:
+    """True for a call of an attention layer as one operation."""
     return node.op == "call_function" and node.target in WRITTEN_OUT
 
 
