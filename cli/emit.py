@@ -22,7 +22,9 @@ from subquad.cli import options
 def command(
     out: str, directory: str, targets: tuple[str, ...], trust: bool, dtype: str, attention: str | None, as_json: bool
 ) -> None:
-    """Write the Triton kernels that OUT runs on a GPU; with --target also compile them, which needs no GPU."""
+    """Write the Triton kernels that OUT runs on a GPU, and forward kernels that take in the norms and rotary embeddings in
+    front of them; with --target also compile them, which needs no GPU.
+    """
     from pathlib import Path
 
     from subquad.cli import printing

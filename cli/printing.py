@@ -220,8 +220,8 @@ def print_kernels(directory: str, kernels: Sequence[EmittedKernel]) -> None:
         used = ("source only", "", "", "", "") if made is None else (
             kernel.spec.target, f"{made.shared_bytes} of {made.limit_bytes}", made.registers, made.spills, f"{made.seconds:.1f}"
         )  # fmt: skip
-        rows.append([kernel.source, len(kernel.sites), *used])
-    columns = ["source", "#sites", "target", "#shared bytes", "#registers", "#spills", "#seconds"]
+        rows.append([kernel.source, len(kernel.sites), *used, kernel.json()["around"]])
+    columns = ["source", "#sites", "target", "#shared bytes", "#registers", "#spills", "#seconds", "on load and store"]
     print_table(directory, columns, rows)
 
 

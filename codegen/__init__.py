@@ -5,8 +5,9 @@ from subquad.codegen.operator_kernels import operator_kernels
 from subquad.codegen.provider import provider
 from subquad.codegen.schedule import scheduled
 from subquad.codegen.source import emit
+from subquad.codegen.surrounded import around_of
 from subquad.kernels import provide
 
 provide(provider)
 
-__all__ = ["SHARED_LIMITS", "BuildReport", "build", "build_all", "emit", "operator_kernels", "scheduled"]
+__all__ = ["SHARED_LIMITS", "BuildReport", "around_of", "build", "build_all", "emit", "operator_kernels", "scheduled"]

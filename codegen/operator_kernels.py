@@ -11,6 +11,7 @@ from subquad.codegen.recurrence_parts import text_width
 from subquad.codegen.recurrence_run import core_spec
 from subquad.codegen.recurrence_template import admits, backward_parts, forward_parts
 from subquad.codegen.schedule import recurrence_schedule, scheduled, softmax_schedule
+from subquad.codegen.surrounded import only
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec
 
@@ -21,7 +22,8 @@ DECODE_ROWS = 16
 def operator_kernels(base: KernelSpec) -> list[KernelSpec]:
     """Every kernel of the operator that `base` describes (its part and schedule are ignored), without repetition.
 
-    base.flags: the optional inputs its calls have.
+    base.flags: the optional inputs its calls have. base.around moves into forward kernels; gradients are taken around the
+    operator, and the keys of a decoding step, which come from a cache, are finished.
     """
     return list(dict.fromkeys(_recurrence(base) if base.op == "recurrence" else _softmax(base)))
 
@@ -31,12 +33,14 @@ def _softmax(base: KernelSpec) -> list[KernelSpec]:
     decode = softmax_schedule(replace(base, part="forward"), DECODE_ROWS)
     if "pages" not in base.flags:
         kept = tuple(flag for flag in base.flags if flag != "sinks")
-        step = replace(base, part="forward", flags=tuple({*kept, "partial", "lengths", "q_positions"}))
+        flags = tuple({*kept, "partial", "lengths", "q_positions"})
+        step = replace(base, part="forward", flags=flags, around=only(base.around, "q"))
         found.append(scheduled(step, decode))
     sinks = ("sinks",) if "sinks" in base.flags else ()
-    found.append(scheduled(replace(base, part="merge", flags=sinks)))
+    found.append(scheduled(replace(base, part="merge", flags=sinks, around=only(base.around, "o"))))
     if "pages" in base.flags:
         return found
+    base = replace(base, around="")
     dense = {"lengths": "live", "shared": "positions", "base": "positions"}
     backward = tuple({dense.get(flag, flag) for flag in base.flags} - {"sinks", "partial"})
     bias = ("grad_bias",) if "bias" in base.flags else ()

@@ -15,12 +15,14 @@ from subquad.codegen.recurrence_rows import counted, empty_windows, final_state,
 from subquad.codegen.recurrence_template import admits
 from subquad.codegen.running import dtype_name, target_of
 from subquad.codegen.schedule import Schedule, recurrence_schedule
+from subquad.codegen.surrounded import applied, leaves_of, picked, pointers, surroundings_of
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec
 from subquad.kernels.operator_scope import recording
 from subquad.kernels.recurrence_arguments import differentiable
 from subquad.kernels.recurrence_forms import feature_width
 from subquad.kernels.recurrence_layout import arrange, complete
+from subquad.kernels.surroundings import finished
 
 Arguments = dict[str, Any]
 STEP = 8
@@ -44,14 +46,15 @@ def base_spec(given: Arguments, gradients: bool = False) -> KernelSpec:
     weights = [*given["feature_q"], *given["feature_k"]]
     hidden = weights[0].shape[-1] if weights else 0
     sizes = (q.shape[3], value_dim, hidden)
-    return KernelSpec("recurrence", given["spec"], dtype_name(q), *sizes, target=target_of(q))
+    around = given.get("around", "")
+    return KernelSpec("recurrence", given["spec"], dtype_name(q), *sizes, around=around, target=target_of(q))
 
 
 def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, ...]:
     """Outputs (o, state, window_k, window_v, seen) of the operator."""
     what = RecurrenceSpec.parse(given["spec"])
     if not admits(what, dtype_name(given["q"])):
-        return composed(given, schedule)
+        return _surrounded(given, schedule)
     if what.window:
         return _windowed(given, what, schedule)
     batch, length = given["q"].shape[:2]
@@ -79,19 +82,22 @@ def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tu
 
 
 def recurrence_backward(given: Arguments, grads: Sequence[Tensor], schedule: Schedule | None = None) -> list[Tensor]:
-    """Gradients of every floating input that is present, in argument order, for grads of (o, state, window_k, window_v)."""
+    """Gradients of every floating input that is present, in argument order, for grads of (o, state, window_k, window_v);
+    then those of the tensors of its surroundings.
+    """
     with recording():
-        fresh = {
-            name: [item.detach().requires_grad_() for item in value]
-            if isinstance(value, list | tuple)
-            else (value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value)
-            for name, value in given.items()
-        }
-        inputs = differentiable(fresh)
-        outputs = composed(fresh, schedule)[:4]
+        fresh = leaves_of(given)
+        inputs = differentiable(fresh) + [fresh["surroundings"][name] for name in surroundings_of(given).tensors]
+        outputs = _surrounded(fresh, schedule)[:4]
         pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grads, strict=False) if out.requires_grad]
         found = torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(inputs, found, strict=True)]
+
+
+def _surrounded(given: Arguments, schedule: Schedule | None) -> tuple[Tensor, ...]:
+    """The operator's outputs, differentiable, with prologues and epilogue in torch."""
+    out, *rest = composed(applied(given), schedule)
+    return finished(out, surroundings_of(given).o, given.get("surroundings", {})), *rest
 
 
 def _prepared(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None, extra: dict[str, Any]) -> run.Pass:
@@ -116,11 +122,14 @@ def _prepared(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None,
         values |= {"beta_ptr": given["beta"].float().contiguous(), "b_heads": given["beta"].shape[-1]}
     if given["state"] is not None:
         values |= split_state(given["state"], given["seen"], v.shape[3])
-    return run.prepared(spec, rows, chosen, heads, values | extra)
+    return run.prepared(spec, rows, chosen, heads, values | pointers(given) | extra)
 
 
 def _windowed(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None) -> tuple[Tensor, ...]:
-    """Tokens without padding in front, with the window's history before them; absent tokens drop out at the end."""
+    """Tokens without padding in front, with the window's history before them; absent tokens drop out at the end. Keys of
+    the history are finished, so that those of the tokens are before they join them.
+    """
+    given = applied(given, "k")
     q, k, v = given["q"], given["k"], given["v"]
     batch, length, heads = q.shape[:3]
     layout = arrange(q, k, v, given["valid"], given["window_k"], given["window_v"], given["seen"], what)
@@ -134,6 +143,7 @@ def _windowed(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None)
     tokens = {name: given[name] for name in ("decay", "beta")}
     if order is not None:
         tokens = {n: x if x is None or x.dim() < 3 else _picked(x, order) for n, x in tokens.items()}
+        tokens["surroundings"] = picked(given, lambda x: _picked(x, order))
     extra = {"past_ptr": past, "live_ptr": live}
     if given["window_gate"] is not None:
         gate = given["window_gate"].float().reshape(-1)

@@ -16,6 +16,7 @@ from subquad.codegen.recurrence_rows import (
     sequences,
 )
 from subquad.codegen.schedule import Schedule, recurrence_schedule
+from subquad.codegen.surrounded import surroundings_of
 from subquad.kernels import RecurrenceSpec
 from subquad.kernels.features import features, normalise, repeat_heads
 from subquad.kernels.recurrence_lanes import ordered
@@ -82,7 +83,7 @@ def composed(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor
         spec,
         rows,
         chosen,
-        what.normaliser != "none" or layout is not None,
+        what.normaliser != "none" or layout is not None or not surroundings_of(given).o.empty,
         mask,
         *(None if x is None else flat(x) for x in tensors),
         state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from subquad.codegen.loading import epilogue_arguments, epilogue_lines, prologue_arguments
 from subquad.codegen.recurrence_parts import Block, Parts
 from subquad.codegen.recurrence_window import combine, window_arguments, window_lines
 from subquad.codegen.text import Argument, fill
@@ -64,6 +65,9 @@ def inputs(parts: Parts, *sides: str) -> list[Argument]:
             found += [
                 (line.split(" = ")[0].replace(f"_{side}", f"_{side}_ptr"), "*fp32") for line in parts.weights(side)
             ]
+            found += prologue_arguments(parts.around.q if side == "q" else parts.around.k, side)
+    if any(name.endswith("_table_stride_t") for name, _ in found):
+        found.append(("table_period", "i32"))
     if parts.decay != "none":
         found.append(("G_ptr", "*fp32"))
     if "valid" in parts.spec.flags:
@@ -291,6 +295,12 @@ tl.store(o_ptr + cells, read, mask=row_ok[:, None] & value_ok[None, :])
 """
 
 
+def output_lines(parts: Parts) -> list[str]:
+    """Lines that take `read` through the output's norm and gate."""
+    ok = "row_ok[:, None] & value_ok[None, :]"
+    return epilogue_lines(parts.around.o, "read", "cells", ok, parts.spec.value_dim, "value_columns")
+
+
 def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     """o of each chunk from the state before it, its own keys, and the window; "raw" leaves out normaliser and scale;
     "reverse" adds to what the tokens read in the other direction.
@@ -318,7 +328,7 @@ def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     if raw and parts.sums:
         finish.append(f"tl.store(mass_ptr + rows * heads + h, mass, mask={first_only('row_ok', 2)})")
     if not raw:
-        finish += window_lines(parts) + combine(parts)
+        finish += window_lines(parts) + combine(parts) + output_lines(parts)
     read, mass = f"tl.zeros([{parts.chunk}, {parts.value_block}], tl.float32)", f"tl.zeros([{parts.chunk}], tl.float32)"
     if parts.reverse:
         read = "tl.load(part_ptr + cells, mask=row_ok[:, None] & value_ok[None, :], other=0.0)"
@@ -332,7 +342,7 @@ def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     arguments += [("corrected_ptr", element(parts))] if parts.delta else []
     arguments += [("states_ptr", between(parts))] + ([("sums_ptr", "*fp32")] if parts.sums else [])
     arguments += [("mass_ptr", "*fp32")] if raw and parts.sums else []
-    arguments += [] if raw else window_arguments(parts)
+    arguments += [] if raw else [*window_arguments(parts), *epilogue_arguments(parts.around.o, element(parts))]
     if parts.reverse:
         arguments += [("part_ptr", "*fp32"), *([("part_mass_ptr", "*fp32")] if parts.sums else [])]
     return (

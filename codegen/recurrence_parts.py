@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 
 from subquad.codegen.expressions import Columns, is_rowwise, print_feature
+from subquad.codegen.loading import Rows, loaded
+from subquad.codegen.surrounded import around_of
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec
 from subquad.kernels.expression import parse
@@ -154,6 +156,7 @@ class Parts:
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
         self.what = RecurrenceSpec.parse(spec.operator)
+        self.around = around_of(spec)
         self.chunk = spec.block_q
         self.element = {"float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16"}[spec.dtype]
         cuda = spec.target.startswith("cuda")
@@ -175,8 +178,8 @@ class Parts:
 
     @property
     def whole_rows(self) -> bool:
-        """True where the output needs a whole row of V in one program: for a normaliser over V."""
-        return self.what.normaliser in ("rms", "group")
+        """True where the output needs a whole row of V in one program: for a normaliser or a norm over V."""
+        return self.what.normaliser in ("rms", "group") or self.around.o.norm != "none"
 
     @property
     def slice(self) -> int:
@@ -233,23 +236,22 @@ class Parts:
             for n in used
         ]
 
-    def row(self, side: str, low: int, width: int, padded: int, name: str) -> str:
-        """A line that loads columns low.. of q or k of the chunk's rows as fp32."""
+    def row(self, side: str, low: int, width: int, padded: int, name: str) -> list[str]:
+        """Lines that load columns low.. of q or k of the chunk's rows as fp32, after their norm and rotary embedding."""
         heads, head, rows, ok = (
             ("heads", "h", "rows", "row_ok") if side == "q" else ("k_heads", "k_head", "key_rows", "key_ok")
         )
-        columns = f"tl.arange(0, {padded})"
-        return (
-            f"{name} = tl.load({side}_ptr + ({rows} * {heads} + {head})[:, None] * {self.spec.key_dim} + {low}"
-            f" + {columns}[None, :], mask={ok}[:, None] & ({columns} < {width})[None, :], other=0.0).to(tl.float32)"
-        )
+        key_dim = self.spec.key_dim
+        table = f"({rows} // table_period) * {side}_table_stride_b + ({rows} % table_period) * {side}_table_stride_t"
+        found = Rows(side, f"({rows} * {heads} + {head}) * {key_dim}", ok, table, key_dim, pad(key_dim))
+        return loaded(self.around.q if side == "q" else self.around.k, found, name, low, width, padded)
 
     def feature(self, side: str, block: Block) -> list[str]:
         """Lines that compute the tile <side><index> [chunk, pad] of phi; 0 in rows and columns that are not real."""
         mine = self.blocks_of(side)[block.index]
         name, lines = f"{side}{block.index}", []
         width, padded = (self.spec.key_dim, pad(self.spec.key_dim)) if mine.whole else (mine.width, mine.pad)
-        lines.append(self.row(side, mine.low, width, padded, name if mine.text == "x" else "x"))
+        lines += self.row(side, mine.low, width, padded, name if mine.text == "x" else "x")
         if mine.text == "x":
             return lines
         ok = "row_ok" if side == "q" else "key_ok"

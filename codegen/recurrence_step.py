@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from subquad.codegen.recurrence_forward import element, first_only, inputs, state_cells, sum_cells
+from subquad.codegen.loading import epilogue_arguments
+from subquad.codegen.recurrence_forward import element, first_only, inputs, output_lines, state_cells, sum_cells
 from subquad.codegen.recurrence_parts import Parts
 from subquad.codegen.recurrence_window import combine
 from subquad.codegen.text import Argument, fill
@@ -32,8 +33,8 @@ for t in range(first, stop):
     read = tl.zeros([16, $value_block], tl.float32)
     mass = tl.zeros([16], tl.float32)
     $advance
-    $combine
     cells = (rows * heads + h)[:, None] * $value_dim + value_columns[None, :]
+    $combine
     tl.store(o_ptr + cells, read, mask=row_ok[:, None] & value_ok[None, :])
 $end
 """
@@ -83,7 +84,8 @@ def step(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     padded = "tl.where(tl.load(valid_ptr + t) != 0, row_ok, False)" if "valid" in parts.spec.flags else "row_ok"
     body = fill(
         _STEP, value_block=parts.value_block, value_dim=parts.spec.value_dim, weights=parts.weights("q") + parts.weights("k"),
-        begin=begin, key_ok=padded, decays=decays, tiles=tiles, correct=correct, advance=advance, combine=combine(parts), end=end,
+        begin=begin, key_ok=padded, decays=decays, tiles=tiles, correct=correct, advance=advance, end=end,
+        combine=combine(parts) + output_lines(parts),
     )  # fmt: skip
     arguments = [one for one in inputs(parts, "q", "k", "v") if one[0] not in ("G_ptr", "chunks_ptr", "owner_ptr")]
     arguments += [("g_ptr", "*fp32"), ("g_heads", "i32")] if parts.decay != "none" else []
@@ -92,6 +94,6 @@ def step(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     arguments += [("state_sum_ptr", "*fp32"), ("final_sum_ptr", "*fp32")] if parts.sums else []
     return (
         "S <- e^g S; S <- S + phi(k) (beta) (v (- phi(k) S)); o = phi(q) S",
-        [*arguments, ("o_ptr", element(parts))],
+        [*arguments, *epilogue_arguments(parts.around.o, element(parts)), ("o_ptr", element(parts))],
         body,
     )

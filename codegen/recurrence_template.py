@@ -74,6 +74,8 @@ def source(spec: KernelSpec) -> str:
         f"Rows of all sequences lie one after the other; a chunk has {parts.chunk} rows, G sums the log decays within it."
         + (" Tokens are read from the last to the first." if parts.reverse else "")
     )
+    around = parts.around.words()
+    header += f"\nOn load and store: {around}." if around else ""
     helpers = FEATURE_HELPERS + parts.helpers() + (absorb_helper(parts) if spec.part == "output" else "")
     return kernel_file(header, helpers, listed, body)
 
@@ -85,5 +87,10 @@ def _written(spec: KernelSpec) -> tuple[str, list[Argument], list[str]]:
     if not admits(parts.what, spec.dtype):
         raise ValueError(
             f"The recurrence {spec.operator} has no Triton template of its own; its kernels take phi(q) and phi(k) from memory."
+        )
+    if parts.what.window and not parts.around.k.empty:
+        raise ValueError(
+            f"KernelSpec.around has a prologue of k ({parts.around.k.words('k')}) but the recurrence has a window, whose history "
+            "holds finished keys; apply it before the operator."
         )
     return WRITERS[spec.part](parts)

@@ -78,7 +78,7 @@ def window_lines(parts: Parts) -> list[str]:
     sinks = fill(_SINKS, **sizes, pair=parts.dot("query", "tl.trans(sink_keys)")) if what.sinks else []
     key_columns = f"key_columns = tl.arange(0, {pad(spec.key_dim)})"
     return fill(
-        _WINDOW, **sizes, query=[key_columns, parts.row("q", 0, spec.key_dim, pad(spec.key_dim), "query")],
+        _WINDOW, **sizes, query=[key_columns, *parts.row("q", 0, spec.key_dim, pad(spec.key_dim), "query")],
         chunk=parts.chunk, value_block=parts.value_block, block=32, window=what.window, sinks=sinks,
         pair=parts.dot("query", "tl.trans(keys)"),
         gamma="tl.sigmoid(tl.load(gate_ptr + h))" if "gate" in spec.flags else constant,

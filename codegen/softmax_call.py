@@ -11,10 +11,12 @@ from torch import Tensor
 
 from subquad.codegen.running import dtype_name, launch, processors, target_of
 from subquad.codegen.schedule import Schedule, scheduled, softmax_schedule
+from subquad.codegen.surrounded import attention_gradients, only, pointers, surroundings_of, with_only
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import SoftmaxSpec
 from subquad.kernels.segments import check, join, segments
 from subquad.kernels.softmax_torch import finish
+from subquad.kernels.surroundings import finished
 
 Arguments = dict[str, Any]
 SPLITS = 32
@@ -33,7 +35,7 @@ def base_spec(given: Arguments, part: str = "forward") -> KernelSpec:
     return KernelSpec(
         "softmax_attention", given["spec"], dtype_name(q), q.shape[3], given["v"][0].shape[3], part=part,
         tables=tuple("int8" if operand.dtype == torch.bool else "int64" for operand in given["operands"]),
-        target=target_of(q),
+        around=given.get("around", ""), target=target_of(q),
     )  # fmt: skip
 
 
@@ -43,11 +45,14 @@ def softmax_forward(
     """(o, lse) of the operator: each segment is read where it lies, its keys in at most `parts` parts (by default enough to
     fill the device), and partial states are merged.
     """
-    o, lse = _states(given, schedule, parts)
     what = SoftmaxSpec.parse(given["spec"])
-    if given["sinks"] is None and what.empty_rows != "zero":
+    if given["sinks"] is not None or what.empty_rows == "zero":
+        o, lse = _states(given, schedule, parts)
+    else:
+        o, lse = _states(with_only(given, "q", "k"), schedule, parts)
         names = ("k", "v", "rows", "lengths", "positions")
         o, lse = finish(o, lse, segments(*(given[name] for name in names)), None, what)
+        o = finished(o, surroundings_of(given).o, given.get("surroundings", {}))
     return o.to(given["q"].dtype), lse
 
 
@@ -95,7 +100,9 @@ def _states(
     done = 0
     for spec, values, chosen, grid, count in plans:
         kept = tuple(flag for flag in spec.flags if not (partial and flag == "sinks"))
-        named = scheduled(dataclasses.replace(spec, flags=(*kept, *(("partial",) if partial else ()))), chosen)
+        around = only(spec.around, "q", "k") if partial else spec.around
+        flags = (*kept, *(("partial",) if partial else ()))
+        named = scheduled(dataclasses.replace(spec, flags=flags, around=around), chosen)
         blocks = -(-count // chosen.block)
         each = -(-blocks // grid[2]) * chosen.block
         launch(
@@ -105,7 +112,8 @@ def _states(
         )
         done += grid[2]
     if partial:
-        spec = dataclasses.replace(base, part="merge", flags=("sinks",) if given["sinks"] is not None else ())
+        sinks = ("sinks",) if given["sinks"] is not None else ()
+        spec = dataclasses.replace(base, part="merge", flags=sinks, around=only(base.around, "o"))
         values = shared_values | {"partial_ptr": some[0], "partial_lse_ptr": some[1], "o_ptr": o, "lse_ptr": lse}
         launch(spec, values | {"parts": parts, "cells": lse.numel()}, (lse.numel(),))
     return o, lse
@@ -116,9 +124,15 @@ def softmax_backward(
     schedule: Schedule | None = None, largest: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients [q, *k, *v, bias with four dimensions if bias_too, sinks if given] from the outputs o and lse; the segments
-    are joined for it. `largest`: the slot of each row's largest score and that score's own gradient, as `softmax_state`
-    gives the first.
+    are joined for it; then those of the tensors of its surroundings. `largest`: the slot of each row's largest score and
+    that score's own gradient, as `softmax_state` gives the first.
     """
+    if not surroundings_of(given).empty:
+
+        def inner(call: Arguments, out: Tensor, grad: Tensor) -> list[Tensor]:
+            return softmax_backward(call, grad, grad_lse, out, lse, bias_too, schedule)
+
+        return attention_gradients(given, grad_o, lambda call: softmax_forward(call, schedule), o, inner)
     what = SoftmaxSpec.parse(given["spec"])
     q, k, v, rows = given["q"], given["k"], given["v"], given["rows"]
     keys = join(k, v, rows, given["lengths"], given["positions"])
@@ -209,6 +223,7 @@ def _common(given: Arguments) -> tuple[tuple[str, ...], dict[str, Any]]:
     batch, q_len, heads = q.shape[:3]
     values: dict[str, Any] = {"q_ptr": q} | _strides("q", q)
     values |= {"batch": batch, "heads": heads, "kv_heads": kv_heads, "group": heads // kv_heads, "q_len": q_len}
+    values |= pointers(given)
     flags = []
     if given["bias"] is not None:
         flags.append("bias")

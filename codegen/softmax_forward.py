@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from subquad.codegen.loading import epilogue_arguments, epilogue_lines, prologue_arguments
 from subquad.codegen.softmax_parts import LOG2E, SoftmaxParts
 from subquad.codegen.text import STRIDE, Argument, fill
 
@@ -15,7 +16,6 @@ row = tl.minimum(row, count - 1)
 $member
 t = (row // group) % q_len
 h = kv_head * group + row % group
-key_columns = tl.arange(0, $key_pad)
 value_columns = tl.arange(0, $value_pad)
 $q_index
 q_lo = tl.min(q_index, axis=0)
@@ -23,8 +23,7 @@ q_hi = tl.max(q_index, axis=0)
 i_lo = tl.min(t, axis=0)
 i_hi = tl.max(t, axis=0)
 $live_rows
-query = tl.load(q_ptr + (b * q_stride_b + t * q_stride_t + h * q_stride_h)[:, None] + key_columns[None, :],
-                mask=row_ok[:, None] & (key_columns < $key_dim)[None, :], other=0.0)
+$query
 top = tl.full([$block_q], float("-inf"), tl.float32)
 total = tl.zeros([$block_q], tl.float32)
 mixed = tl.zeros([$block_q, $value_pad], tl.float32)
@@ -39,8 +38,7 @@ for begin in range(first, tl.minimum(first + keys_per_part, kv_len), $block_kv):
     j_lo = slot0 + begin
     j_hi = slot0 + tl.minimum(begin + $block_kv, kv_len) - 1
     if $maybe:
-        keys = tl.load(k_ptr + (place_k + kv_head * k_stride_h)[None, :] + key_columns[:, None],
-                       mask=slot_ok[None, :] & (key_columns < $key_dim)[:, None], other=0.0)
+        $keys
         score = $pair
         $modify
         seen = row_ok[:, None] & slot_ok[None, :]
@@ -62,8 +60,11 @@ empty = total == 0.0
 safe = tl.where(empty, 1.0, total)
 lse = tl.where(empty, float("-inf"), (top + tl.log2(safe)) * $ln2)
 cell = (((part0 + part).to(tl.int64) * batch + b) * q_len + t) * heads + h
-tl.store(o_ptr + cell[:, None] * $value_dim + value_columns[None, :], mixed / safe[:, None],
-         mask=row_ok[:, None] & (value_columns < $value_dim)[None, :])
+place_o = cell[:, None] * $value_dim + value_columns[None, :]
+ok_o = row_ok[:, None] & (value_columns < $value_dim)[None, :]
+found = mixed / safe[:, None]
+$finish
+tl.store(o_ptr + place_o, found, mask=ok_o)
 tl.store(lse_ptr + cell, lse, mask=row_ok)
 $keep
 """
@@ -132,10 +133,19 @@ def forward(parts: SoftmaxParts) -> tuple[str, list[Argument], list[str]]:
     live_rows += ["base_of = tl.load(base_ptr + b)"] if parts.has("base") else []
     bias_row = "(b * bias_stride_b + h * bias_stride_h + t * bias_stride_q)[:, None]"
     bias_place = f"{bias_row} + ((slot0 + slots) * bias_stride_k)[None, :]"
+    query = parts.rows("q", "query", "b * q_stride_b + t * q_stride_t + h * q_stride_h", "row_ok", "b", "t")
+    keys = parts.rows("k", "keys", "place_k + kv_head * k_stride_h", "slot_ok", segment, "slots", down=True)
+    around = parts.around
+    if not around.k.empty and (shared or paged):
+        raise ValueError(
+            f"KernelSpec.around has {around.k.words('k')}, but keys in pages or shared rows are stored finished."
+        )
+    finish = epilogue_lines(around.o, "found", "place_o", "ok_o", spec.value_dim, "value_columns")
     q_rows = "q_index = tl.load(q_positions_ptr + b * q_positions_stride_b + t)"
     body = fill(
-        _PARTIAL, pack=pack, member=member, block_q=spec.block_q, block_kv=spec.block_kv, key_dim=spec.key_dim,
-        value_dim=spec.value_dim, key_pad=parts.key_pad, value_pad=parts.value_pad,
+        _PARTIAL, query=query, keys=keys, finish=finish, pack=pack, member=member, block_q=spec.block_q,
+        block_kv=spec.block_kv,
+        value_dim=spec.value_dim, value_pad=parts.value_pad,
         q_index=q_rows if parts.has("q_positions") else "q_index = t", live_rows=live_rows, place=place, kv_index=index,
         maybe=maybe, pair=parts.dot("query", "keys"),
         modify=[*parts.modified(), *parts.biased(bias_place, "row_ok[:, None] & slot_ok[None, :]")],
@@ -169,6 +179,8 @@ def forward(parts: SoftmaxParts) -> tuple[str, list[Argument], list[str]]:
     if parts.has("bias"):
         arguments += [("bias_ptr", "*fp32"), *((f"bias_stride_{axis}", "i64") for axis in "bhqk")]
     arguments += [("sinks_ptr", "*fp32")] if parts.has("sinks") else []
+    arguments += [*prologue_arguments(around.q, "q"), *prologue_arguments(around.k, "k")]
+    arguments += epilogue_arguments(around.o, kind)
     return (
         "o = softmax(scores) v over the visible keys of one segment, lse natural; a row without keys gives (0, -inf)",
         [*arguments, *parts.arguments()],
@@ -194,7 +206,10 @@ for part in range(0, parts):
 $sink
 empty = total == 0.0
 safe = tl.where(empty, 1.0, total)
-tl.store(o_ptr + cell * $value_dim + value_columns, mixed / safe, mask=value_columns < $value_dim)
+place_o = cell * $value_dim + value_columns
+found = mixed / safe
+$finish
+tl.store(o_ptr + place_o, found, mask=value_columns < $value_dim)
 tl.store(lse_ptr + cell, tl.where(empty, float("-inf"), top + tl.log(safe)))
 """
 
@@ -209,15 +224,20 @@ top = with_sink
 
 def merge(parts: SoftmaxParts) -> tuple[str, list[Argument], list[str]]:
     """The state over all parts of the keys, each with its own output and log-sum-exp; the sink enters here."""
+    width = parts.spec.value_dim
     body = fill(
         _MERGE,
         value_pad=parts.value_pad,
         value_dim=parts.spec.value_dim,
         sink=fill(_MERGE_SINK) if parts.has("sinks") else [],
+        finish=epilogue_lines(
+            parts.around.o, "found", "place_o", f"value_columns < {width}", width, "value_columns", axis=0
+        ),
     )
     arguments: list[Argument] = [("partial_ptr", "*fp32"), ("partial_lse_ptr", "*fp32"), ("o_ptr", parts.element)]
     arguments += [("lse_ptr", "*fp32"), ("parts", "i32"), ("cells", "i64"), ("heads", "i32")]
     arguments += [("sinks_ptr", "*fp32")] if parts.has("sinks") else []
+    arguments += epilogue_arguments(parts.around.o, parts.element)
     return (
         "(o, lse) of the union of disjoint key sets from the (o, lse) of each; two empty sets give (0, -inf)",
         arguments,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from subquad.codegen.expressions import FEATURE_HELPERS, MASK_HELPERS, predicate, ranks, scalar_count
+from subquad.codegen.loading import Rows, loaded
 from subquad.codegen.recurrence_parts import pad
+from subquad.codegen.surrounded import around_of
 from subquad.codegen.text import Argument
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import SoftmaxSpec, block_tests, parse
@@ -17,6 +19,7 @@ class SoftmaxParts:
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
         self.what = SoftmaxSpec.parse(spec.operator)
+        self.around = around_of(spec)
         wanted = len(ranks(self.what.mask))
         if len(spec.tables) < wanted:
             raise ValueError(
@@ -79,6 +82,21 @@ class SoftmaxParts:
         text = f"{self.what.scale!r} * q.k"
         text = text if self.what.softcap is None else f"{self.what.softcap!r} * tanh({text} / {self.what.softcap!r})"
         return text + (" + bias" if self.has("bias") else "")
+
+    def rows(self, side: str, name: str, place: str, ok: str, row: str, time: str, down: bool = False) -> list[str]:
+        """Lines that load <name>, rows of q or k (columns along the first axis if `down`), after their norm and rotary
+        embedding; `row` and `time` are where each row's cosines and sines stand.
+        """
+        part = self.around.q if side == "q" else self.around.k
+        if part.empty:
+            tile = Rows(side, place, ok, "", self.spec.key_dim, self.key_pad, down)
+            columns = f"tl.arange(0, {self.key_pad})"
+            return [f"{name} = {tile.tile(side, place, columns, f'({columns} < {self.spec.key_dim})', wide=False)}"]
+        table = f"{row} * {side}_table_stride_b + {time} * {side}_table_stride_t"
+        tile = Rows(side, place, ok, table, self.spec.key_dim, self.key_pad, down)
+        lines = loaded(part, tile, name, 0, self.spec.key_dim, self.key_pad)
+        kind = {"float32": "tl.float32", "float16": "tl.float16", "bfloat16": "tl.bfloat16"}[self.spec.dtype]
+        return [*lines, f"{name} = {name}.to({kind})"]
 
     def dot(self, a: str, b: str) -> str:
         """The product a @ b with fp32 sums."""

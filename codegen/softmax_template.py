@@ -37,6 +37,8 @@ def source(spec: KernelSpec) -> str:
         f"score = {parts.formula()}; visible(b, h, q, kv, i, j): {parts.what.mask or 'always'}.\n"
         f"Blocks of {spec.block_q} rows by {spec.block_kv} keys; a block without a visible pair is skipped."
     )
+    around = parts.around.words()
+    header += f"\nOn load and store: {around}." if around else ""
     return kernel_file(header, parts.helpers, listed, body)
 
 

@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from subquad.kernels.canonical import Canonical, choice, count, number
 from subquad.kernels.expression import parse
 
 
-def _choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{owner}.{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
-
-
-def _number(owner: str, name: str, value: object, positive: bool = False) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or (positive and value <= 0)
-    ):
-        raise ValueError(f"{owner}.{name} is {value!r}; it must be a finite{' positive' if positive else ''} number.")
-
-
-def _count(owner: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{owner}.{name} is {value!r}; it must be an integer of at least 0.")
-
-
-class _Canonical:
-    """Canonical JSON both ways for a frozen dataclass."""
-
-    def json(self) -> str:
-        """The spec as JSON with sorted keys and no spaces; equal specs give equal text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))  # type: ignore[call-overload]
-
-    @classmethod
-    def _read(cls, text: str) -> dict[str, Any]:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"The {cls.__name__} text {text!r} is not JSON: {error}.") from None
-        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        if not isinstance(data, dict) or not set(data) <= names:
-            raise ValueError(
-                f"The {cls.__name__} text {text!r} must be a JSON object with keys among {', '.join(sorted(names))}."
-            )
-        return data
-
-    @classmethod
-    @functools.lru_cache(maxsize=1024)
-    def parse(cls, text: str) -> Self:
-        """The spec written by `json`. Raises ValueError with the field at fault."""
-        data = cls._read(text)
-        try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
-        except TypeError:
-            raise ValueError(f"The {cls.__name__} text {text!r} lacks a required key.") from None
-
-
 @dataclass(frozen=True)
-class SoftmaxSpec(_Canonical):
+class SoftmaxSpec(Canonical):
     """One softmax attention: scores are softcap(scale * q.k) + bias where `mask` (expression over b, h, q, kv, i, j) holds.
 
     q and kv are logical positions, i is the row of q and j the slot of the key in the joined segments, so that a draft
@@ -78,18 +25,18 @@ class SoftmaxSpec(_Canonical):
     empty_rows: Literal["zero", "mean", "nan"] = "zero"
 
     def __post_init__(self) -> None:
-        _number("SoftmaxSpec", "scale", self.scale)
+        number("SoftmaxSpec", "scale", self.scale)
         object.__setattr__(self, "scale", float(self.scale))
         if self.softcap is not None:
-            _number("SoftmaxSpec", "softcap", self.softcap, positive=True)
+            number("SoftmaxSpec", "softcap", self.softcap, positive=True)
             object.__setattr__(self, "softcap", float(self.softcap))
         if self.mask is not None:
             object.__setattr__(self, "mask", parse(self.mask).text)
-        _choice("SoftmaxSpec", "empty_rows", self.empty_rows, ("zero", "mean", "nan"))
+        choice("SoftmaxSpec", "empty_rows", self.empty_rows, ("zero", "mean", "nan"))
 
 
 @dataclass(frozen=True)
-class RecurrenceSpec(_Canonical):
+class RecurrenceSpec(Canonical):
     """One recurrence S <- decay * S + phi(k) v, read by o = phi(q) S, with an optional window softmax branch.
 
     feature_map: expressions over x ([..., K]) and w0.., concatenated on the feature axis, applied to unscaled q and k;
@@ -132,15 +79,15 @@ class RecurrenceSpec(_Canonical):
             if not isinstance(texts, tuple) or not texts or not all(isinstance(t, str) for t in texts):
                 raise ValueError(f"RecurrenceSpec.{name} is {texts!r}; it must be a non-empty tuple of expressions.")
             object.__setattr__(self, name, tuple(parse(text, "feature").text for text in texts))
-        _number("RecurrenceSpec", "scale", self.scale)
+        number("RecurrenceSpec", "scale", self.scale)
         object.__setattr__(self, "scale", float(self.scale))
-        _choice("RecurrenceSpec", "decay", self.decay, ("none", "head", "token", "channel", "additive"))
-        _choice("RecurrenceSpec", "update", self.update, ("add", "delta"))
-        _choice("RecurrenceSpec", "normaliser", self.normaliser, ("none", "sum", "rms", "group"))
-        _choice("RecurrenceSpec", "branch", self.branch, ("shared", "convex"))
-        _choice("RecurrenceSpec", "causal", self.causal, (True, False))
-        _count("RecurrenceSpec", "window", self.window)
-        _count("RecurrenceSpec", "sinks", self.sinks)
+        choice("RecurrenceSpec", "decay", self.decay, ("none", "head", "token", "channel", "additive"))
+        choice("RecurrenceSpec", "update", self.update, ("add", "delta"))
+        choice("RecurrenceSpec", "normaliser", self.normaliser, ("none", "sum", "rms", "group"))
+        choice("RecurrenceSpec", "branch", self.branch, ("shared", "convex"))
+        choice("RecurrenceSpec", "causal", self.causal, (True, False))
+        count("RecurrenceSpec", "window", self.window)
+        count("RecurrenceSpec", "sinks", self.sinks)
         if self.sinks and not self.window:
             raise ValueError(f"RecurrenceSpec.sinks is {self.sinks} but window is 0; sinks belong to a window branch.")
         if not self.causal and (self.window or self.update != "add"):

@@ -14,6 +14,13 @@ def recurrence(shape, feature_map=("x",), **case):
     return {"op": "recurrence", "shape": shape, "spec": spec | {"feature_map": feature_map}} | case
 
 
+AROUND = {
+    "q": {"norm": "rms", "weight": True, "rotary": 8, "start": 2},
+    "k": {"norm": "l2", "rotary": 8, "start": 2, "style": "interleaved"},
+    "o": {"norm": "rms", "weight": True, "gate": "silu"},
+}
+"""Surroundings of a call, by side."""
+TURNED_FIRST = {"norm": "rms", "norm_last": True, "weight": True, "rotary": 36, "start": 20, "style": "deinterleaved"}
 LOLCATS = ("softmax(x @ w0)", "softmax(-(x @ w0))")
 QUICK = [
     softmax((2, 1, 20, 12, 19, 19), mask="q >= kv", grad=True, batch=1),
@@ -35,6 +42,8 @@ QUICK = [
     recurrence(
         (2, 1, 4, 3, 19), ("softmax(x @ w0)",), normaliser="sum", window=4, sinks=2, grad=True, padded=True, state=True
     ),
+    softmax((2, 1, 12, 9, 19, 19), mask="q >= kv", grad=True, around=AROUND),
+    recurrence((2, 1, 12, 9, 19), decay="token", grad=True, packed=True, around=AROUND),
 ]
 THOROUGH = [
     softmax((4, 2, 24, 20, 37, 37), mask=mask, grad=True)
@@ -62,6 +71,53 @@ THOROUGH += [
     for decay in ("none", "head", "token", "channel")
     for update in ("add", "delta")
     for normaliser in ("none", "sum")
+]
+THOROUGH += [
+    softmax((2, 1, 16, 9, 5, 33), sinks=True, bias=True, grad=True, tables=2, around=AROUND | {"k": {}}),
+    softmax(
+        (2, 2, 70, 8, 4, 18),
+        mask="kv < 0",
+        empty_rows="mean",
+        grad=True,
+        tables=2,
+        around={"q": TURNED_FIRST, "k": TURNED_FIRST, "o": {"gate": "sigmoid"}},
+    ),
+    softmax((4, 2, 16, 8, 1, 18), pages="rows", around={"q": {"norm": "l2", "rotary": 16}, "o": {"gate": "sigmoid"}}),
+    softmax(
+        (4, 2, 16, 8, 2, 18), mask="q >= kv", shared=True, sinks=True, batch=5, grad=True, around=AROUND | {"k": {}}
+    ),
+    recurrence(
+        (2, 1, 12, 9, 37),
+        update="delta",
+        padded=True,
+        state=True,
+        grad=True,
+        cut=34,
+        steps=True,
+        tables=2,
+        around=AROUND,
+    ),
+    recurrence(
+        (1, 1, 70, 5, 19),
+        decay="channel",
+        grad=True,
+        around={"q": {"norm": "rms", "weight": True, "rotary": 70}, "k": TURNED_FIRST},
+    ),
+    recurrence(
+        (2, 1, 12, 9, 19), ("relu(x) + 0.1",), decay="token", normaliser="sum", causal=False, grad=True, around=AROUND
+    ),
+    recurrence(
+        (2, 2, 12, 9, 21),
+        decay="token",
+        normaliser="rms",
+        window=6,
+        sinks=1,
+        branch="convex",
+        padded=True,
+        grad=True,
+        state=True,
+        around=AROUND,
+    ),
 ]
 THOROUGH += [
     recurrence((2, 1, 12, 9, 37), ("relu(x)",), decay="head", normaliser="sum", grad=True, packed=True),

@@ -18,6 +18,7 @@ from subquad.codegen.self_check import on, ratio
 from subquad.codegen.softmax_call import softmax_backward, softmax_forward
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, recurrence_reference, softmax_attention_reference
 from subquad.kernels.recurrence_arguments import differentiable
+from subquad.kernels.surroundings import Epilogue, Prologue, Surroundings, finished, prepared
 
 BLOCKS = Schedule(16, 16, 4)
 Case = dict[str, Any]
@@ -42,7 +43,41 @@ def leaves(given: Case) -> Case:
     def fresh(x: Any) -> Any:
         return x.detach().double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    return {name: [fresh(one) for one in x] if isinstance(x, list) else fresh(x) for name, x in given.items()}
+    found = {name: [fresh(one) for one in x] if isinstance(x, list) else fresh(x) for name, x in given.items()}
+    return found | {"surroundings": {name: fresh(x) for name, x in given["surroundings"].items()}}
+
+
+def surrounded(case: Case, given: Case) -> Case:
+    """The call with the surroundings of the case, their tensors drawn: {"q": {...}, "k": {...}, "o": {...}}."""
+    wished = case.get("around", {})
+    kinds = {"q": Prologue, "k": Prologue, "o": Epilogue}
+    around = Surroundings(**{name: kinds[name](**fields) for name, fields in wished.items()})
+    q, k, v = (x[0] if isinstance(x, list) else x for x in (given["q"], given["k"], given["v"]))
+    tensors: Case = {}
+    for side, x, part in (("q", q, around.q), ("k", k, around.k)):
+        angles = torch.rand(case.get("tables", 1), x.shape[1], part.rotary // 2) * 6
+        made = {f"{side}_cos": angles.cos() * 1.1, f"{side}_sin": angles.sin() * 1.1}
+        tensors |= made | {f"{side}_weight": torch.rand(x.shape[3]) + 0.5}
+    tensors |= {"o_weight": torch.rand(v.shape[3]) + 0.5, "o_gate": torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)}
+    return given | {"around": around.json(), "surroundings": {name: tensors[name] for name in around.tensors}}
+
+
+def reference(operator: Any, given: Case) -> Any:
+    """The operator's fp64 reference with its surroundings in torch."""
+    around, tensors = Surroundings.parse(given["around"]), given["surroundings"]
+
+    def ready(x: Any, side: str) -> Any:
+        part = getattr(around, side)
+        return [ready(one, side) for one in x] if isinstance(x, list) else prepared(x, part, side, tensors)
+
+    plain = {name: x for name, x in given.items() if name not in ("around", "surroundings")}
+    out, *rest = operator(**plain | {side: ready(given[side], side) for side in "qk"})
+    return finished(out, around.o, tensors), *rest
+
+
+def placed(given: Case, device: torch.device) -> Case:
+    """The same call on a device."""
+    return on(given, device) | {"surroundings": {name: x.to(device) for name, x in given["surroundings"].items()}}
 
 
 def softmax_case(case: Case) -> dict[str, float]:
@@ -74,12 +109,13 @@ def softmax_case(case: Case) -> dict[str, float]:
     if case.get("tree"):
         given["operands"] = [torch.ones(2, tq, tq, dtype=torch.bool).tril(), torch.tensor([t - tq, t - tq - 2])]
     given["spec"] = SoftmaxSpec(**case["spec"]).json()
+    given = surrounded(case, given)
     device = torch.device(case.get("device", "cpu"))
     blocks = BLOCKS if device.type == "cpu" else None
-    moved = on(given, device)
+    moved = placed(given, device)
     got = softmax_forward(moved, blocks, parts=2)
     double = leaves(given)
-    wanted = softmax_attention_reference(**double)
+    wanted = reference(softmax_attention_reference, double)
     found = {"o": error(got[0], wanted[0]), "lse": error(got[1], wanted[1])}
     if not case.get("grad"):
         return found
@@ -87,6 +123,7 @@ def softmax_case(case: Case) -> dict[str, float]:
     real = wanted[1] != -torch.inf
     loss = (wanted[0] * do).sum() + (torch.where(real, wanted[1], 0.0) * dlse).sum()
     inputs = [double["q"], *double["k"], *double["v"], *(x for x in (double["bias"], double["sinks"]) if x is not None)]
+    inputs += double["surroundings"].values()
     expected = torch.autograd.grad(loss, inputs, allow_unused=True)
     sides = (do.to(device, dtype), dlse.float().to(device))
     gradients = softmax_backward(moved, *sides, *got, schedule=blocks)
@@ -132,11 +169,12 @@ def recurrence_case(case: Case) -> dict[str, float]:
         given["valid"][-1] = False
     if case.get("packed"):
         given["cu_seqlens"] = torch.tensor([0, 3, 3, tokens - 5, tokens])
+    given = surrounded(case, given)
     double = leaves(given)
     device = torch.device(case.get("device", "cpu"))
     blocks = Schedule(case.get("chunk", 16), 16, 4) if device.type == "cpu" else None
-    wanted = recurrence_reference(**double)
-    got = recurrence_forward(on(given, device), blocks)
+    wanted = reference(recurrence_reference, double)
+    got = recurrence_forward(placed(given, device), blocks)
     outputs = ("o", "state", "window k", "window v", "seen")
     found = {name: error(a, b) for name, a, b in zip(outputs, got, wanted, strict=True)}
     if not case.get("packed") and spec.causal:
@@ -144,12 +182,14 @@ def recurrence_case(case: Case) -> dict[str, float]:
         parts = ("q", "k", "v", "valid", "decay", "beta")
 
         def take(part: slice) -> Case:
-            return {n: given[n] if given[n] is None or given[n].dim() < 2 else given[n][:, part] for n in parts}
+            own = {n: given[n] if given[n] is None or given[n].dim() < 2 else given[n][:, part] for n in parts}
+            around = given["surroundings"].items()
+            return given | own | {"surroundings": {n: x if x.dim() < 3 else x[:, part] for n, x in around}}
 
-        first = recurrence_forward(on(given | take(slice(0, cut)), device), blocks)
+        first = recurrence_forward(placed(take(slice(0, cut)), device), blocks)
         carried = dict(zip(("state", "window_k", "window_v", "seen"), first[1:], strict=True))
         schedule = None if case.get("steps") else blocks
-        second = recurrence_forward(on(given | take(slice(cut, None)), device) | carried, schedule)
+        second = recurrence_forward(placed(take(slice(cut, None)), device) | carried, schedule)
         whole = (torch.cat([first[0], second[0]], 1), *second[1:])
         found |= {f"{name} in two": error(a, b) for name, a, b in zip(outputs, whole, wanted, strict=True)}
     if not case.get("grad"):
@@ -164,13 +204,13 @@ def recurrence_case(case: Case) -> dict[str, float]:
         given |= {"window_k": draw(rows, slots, hkv, d), "window_v": draw(rows, slots, hkv, dv)}
         given["seen"] = torch.arange(rows) * 5 + 1 if slots else given["seen"]
         double = leaves(given)
-        wanted = recurrence_reference(**double)
+        wanted = reference(recurrence_reference, double)
     sides = [torch.randn(x.shape, dtype=torch.float64) for x in wanted[:4]]
     outputs = [wanted[0], torch.where(wanted[1].isfinite(), wanted[1], 0.0), *wanted[2:4]]
-    inputs = differentiable(double)
+    inputs = [*differentiable(double), *double["surroundings"].values()]
     loss = sum((x * side).sum() for x, side in zip(outputs, sides, strict=True))
     expected = torch.autograd.grad(loss, inputs, allow_unused=True)
-    gradients = recurrence_backward(on(given, device), [side.to(device, dtype) for side in sides], blocks)
+    gradients = recurrence_backward(placed(given, device), [side.to(device, dtype) for side in sides], blocks)
     for index, (one, other) in enumerate(zip(gradients, expected, strict=True)):
         found[f"gradient {index}"] = error(one, torch.zeros_like(inputs[index]) if other is None else other)
     return found

@@ -16,6 +16,7 @@ from subquad.codegen.cache import directory, load, store
 from subquad.codegen.schedule import Schedule, recurrence_candidates, recurrence_schedule, softmax_candidates
 from subquad.ir.kernel_spec import KernelSpec
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec
+from subquad.kernels.surroundings import Epilogue, Prologue, Surroundings
 
 LOLCATS = ("softmax(x @ w0)", "softmax(-(x @ w0))")
 SOFTMAX = KernelSpec(
@@ -30,7 +31,13 @@ GATED = KernelSpec(
     64,
 )
 BOTH = dataclasses.replace(GATED, operator=RecurrenceSpec(("relu(x) + 0.1",), 0.1, decay="token", causal=False).json())
+AROUND = Surroundings(
+    Prologue("rms", weight=True, rotary=64), Prologue("l2", rotary=64, style="interleaved"), Epilogue("rms", weight=True, gate="silu")
+).json()  # fmt: skip
+ATTENTION_AROUND = dataclasses.replace(SOFTMAX, around=AROUND)
+DELTA_AROUND = dataclasses.replace(GATED, around=AROUND)
 BASES = {"softmax": SOFTMAX, "window": WINDOWED, "gated delta": GATED, "both ways": BOTH}
+BASES |= {"softmax with norms": ATTENTION_AROUND, "delta with norms": DELTA_AROUND}
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +88,7 @@ def test_sizes_are_never_specialised(base):
         names = lines[lines.index("def kernel(") + 1].strip().rstrip(",").split(", ")
         sized = {name for name in names if not name.endswith("_ptr")}
         strides = {f"{tensor}_stride_{axis}" for tensor in "qkv" for axis in "bth"}
+        strides |= {f"{tensor}_table_stride_{axis}" for tensor in "qk" for axis in "bt"}
         assert sized - free <= strides, sized - free - strides
 
 
@@ -95,7 +103,7 @@ def test_hash_covers_every_field():
         "part": "merge",
     }
     changes |= {"block_q": 32, "block_kv": 32, "num_warps": 8, "num_stages": 2, "target": "cuda:80"}
-    changes |= {"operator": SoftmaxSpec(0.5).json(), "op": "recurrence"}
+    changes |= {"operator": SoftmaxSpec(0.5).json(), "op": "recurrence", "around": AROUND}
     assert set(changes) == {field.name for field in dataclasses.fields(KernelSpec)}
     hashes = {dataclasses.replace(SOFTMAX, **{name: value}).hash for name, value in changes.items()}
     assert len(hashes | {SOFTMAX.hash}) == len(changes) + 1
@@ -116,6 +124,26 @@ def test_what_has_no_template_is_refused():
         emit(dataclasses.replace(GATED, part="attention"))
     with pytest.raises(ValueError, match="tables"):
         emit(dataclasses.replace(SOFTMAX, tables=()))
+    with pytest.raises(ValueError, match="stored finished"):
+        emit(dataclasses.replace(ATTENTION_AROUND, flags=("pages",)))
+    with pytest.raises(ValueError, match="history holds finished keys"):
+        emit(dataclasses.replace(WINDOWED, part="output", around=AROUND))
+
+
+def test_each_kernel_has_only_what_it_loads_and_stores():
+    told = {
+        (s.part, s.flags): emit(s).partition("On load and store: ")[2].splitlines()[:1]
+        for s in operator_kernels(ATTENTION_AROUND)
+    }
+    sides = {key: [one[0] for line in lines for one in line.split("; ")] for key, lines in told.items()}
+    step = ("lengths", "partial", "q_positions")
+    assert sides == {
+        ("forward", ()): ["q", "k", "o"], ("forward", step): ["q"], ("merge", ()): ["o"], ("grad_queries", ()): [],
+        ("grad_keys", ()): [],
+    }  # fmt: skip
+    read = {s.part: "q_cos_ptr" in emit(s) for s in operator_kernels(DELTA_AROUND) if s.around}
+    assert {part for part, there in read.items() if there} == {"output", "step"}
+    assert "k_cos_ptr" in emit(next(s for s in operator_kernels(DELTA_AROUND) if s.part == "prepare"))
 
 
 def test_cache_is_private_and_content_addressed():

@@ -23,8 +23,9 @@ class KernelSpec:
     op: the operator. part: which of its kernels ("forward", "states", "grad_keys", ...).
     operator: its SoftmaxSpec or RecurrenceSpec as canonical JSON. dtype: of q, k, v and o. key_dim,
     value_dim: per head. feature_dim: columns of each feature weight (recurrence). flags: optional inputs that are
-    present. tables: element types of t0, t1... block_q, block_kv, num_warps, num_stages: the schedule. target:
-    "cuda:90", "hip:gfx942", ... Raises ValueError naming the field at fault.
+    present. tables: element types of t0, t1... around: what moves into the kernels from before and behind the operator
+    (q/k norms, rotary embedding, output norm and gate), as Surroundings.json(); "" for nothing. block_q, block_kv,
+    num_warps, num_stages: the schedule. target: "cuda:90", "hip:gfx942", ... Raises ValueError naming the field at fault.
     """
 
     op: str
@@ -36,6 +37,7 @@ class KernelSpec:
     part: str = "forward"
     flags: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    around: str = ""
     block_q: int = 64
     block_kv: int = 64
     num_warps: int = 4
