@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from subquad.model_source import LoadedModel
     from subquad.text_generation import Compiling, Sampling
 
-METHODS = ("none", "auto", "suffix", "ngram", "recycling", "trigram", "layer_skip", "medusa", "hydra")
+METHODS = ("none", "auto", "suffix", "ngram", "recycling", "trigram", "layer_skip", "medusa", "hydra",
+           "chimera", "falcon")  # fmt: skip
 
 
 @click.command()

@@ -21,7 +21,7 @@ from subquad.ir.decoding import Choice, Drafter
 from subquad.ir.errors import ArtifactError, ConversionError, GenerationError
 from subquad.model_source import open_model
 from subquad.passes.speculate.head_drafts import HeadDrafter
-from subquad.passes.speculate.speculate import HEADS
+from subquad.passes.speculate.speculate import HEADS, TRAINED
 from subquad.runtime.chance import TorchChance
 from subquad.runtime.pacing import FixedPacing
 from subquad.runtime.speculation import Ending
@@ -86,28 +86,31 @@ def test_what_is_foretold_stands_beside_its_token() -> None:
     assert torch.allclose(seen.hidden @ model.lm_head.weight.T, logits[1:], atol=1e-3)
 
 
-def test_heads_are_trained_stored_loaded_and_accepted(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
-    fast = drafting(tiny_llama)
-    with pytest.raises(GenerationError, match="no trained hydra drafter"):
+@pytest.mark.parametrize("name", sorted({*TRAINED} - {"medusa"}))
+def test_a_drafter_is_trained_stored_loaded_and_accepted(
+    tiny_llama: Path, text: Path, tmp_path: Path, name: str
+) -> None:
+    fast = drafting(tiny_llama, name)
+    with pytest.raises(GenerationError, match=f"no trained {name} drafter"):
         fast.generate(PROMPT, max_new_tokens=4)
     before = {name: p.detach().clone() for name, p in fast.named_parameters()}
     out = tmp_path / "out"
-    assert subquad.convert(fast, text=text, tokens=3000, out=out) is fast
+    assert subquad.convert(fast, text=text, tokens=2000, out=out) is fast
     assert all(torch.equal(p, before[name]) for name, p in fast.named_parameters())
     account = json.loads((out / "conversion.json").read_text())["stages"]
-    assert [stage["stage"] for stage in account] == ["hydra"]
-    assert account[0]["tokens"] >= 3000
-    assert len(account[0]["guessed"]) == 4
+    assert [stage["stage"] for stage in account] == [name]
+    assert account[0]["tokens"] >= 2000
+    assert len(account[0]["guessed"]) >= 3
     assert not list(tmp_path.glob("*.unfinished"))
     with safe_open(str(out / NAME), framework="pt") as stored:
-        assert all(name.startswith("hydra.") for name in stored.keys())  # noqa: SIM118
-    knobs = spoken({"method": "hydra"}, None)
+        assert all(name.startswith(f"{name}.") for name in stored.keys())  # noqa: SIM118
+    knobs = spoken({"method": name}, None)
     assert knobs is not None
     found = []
     for made in (decoder_of(fast), decoder_of(subquad.load(out)), stored_decoder(out)):
         assert made is not None
         assert made.speculation is not None
-        assert made.speculation.trains == "hydra"
+        assert made.speculation.trains == name
         found.append(passes(made, made.drafter(knobs)))
     plain = passes(decoder_of(fast), None)
     assert found[0] == found[1] == found[2]

@@ -18,7 +18,9 @@ from subquad.ir.decoding import Drafter
 from subquad.ir.errors import GenerationError
 from subquad.ir.loop_rewrite import LoopRewrite
 from subquad.ir.trained import NOTHING, Trained
+from subquad.passes.speculate.chimera import Chimera
 from subquad.passes.speculate.draft_heads import DraftHeads
+from subquad.passes.speculate.falcon import Falcon
 from subquad.passes.speculate.head_drafts import HeadDrafter
 from subquad.passes.speculate.hydra import Hydra
 from subquad.passes.speculate.layer_skip import LayerSkip
@@ -36,8 +38,8 @@ class Speculate(LoopRewrite):
     """Draft and verify under exact rules of acceptance.
 
     method: "auto" (suffix automaton, Token Recycling, and what was trained for the model), "suffix", "ngram" (prompt lookup),
-    "recycling", "trigram", "layer_skip" (the model itself without some of its blocks), or what `convert` trains: "medusa" or
-    "hydra".
+    "recycling", "trigram", "layer_skip" (the model itself without some of its blocks), or what `convert` trains: "medusa",
+    "hydra", "chimera" or "falcon".
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
     online_update_interval: rejected guesses after which trained heads learn from them (OSD, 2310.07177); 0: they stay.
@@ -97,7 +99,7 @@ class TrainedPart(Protocol):
 
 HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra)}
 """Heads that read the last hidden state and the tokens behind it, by the word for them."""
-TRAINED: dict[str, type[TrainedPart]] = {**HEADS}
+TRAINED: dict[str, type[TrainedPart]] = {**HEADS, **{kind.name: kind for kind in (Chimera, Falcon)}}
 """All that `convert` trains, by the word for it."""
 
 

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, OwnModel, SelfDrafting, Verified
+from torch import Tensor
+
+from subquad.ir.decoding import (
+    AcceptanceRule,
+    Choice,
+    Drafter,
+    Drafting,
+    OwnModel,
+    ReadingDrafting,
+    SelfDrafting,
+    Verified,
+)
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import PassError
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
@@ -74,6 +85,12 @@ class _United:
         for part in self.parts:
             if isinstance(part, SelfDrafting):
                 part.attach(own)
+
+    def read(self, hidden: Tensor) -> None:
+        """The parts that go on from the prompt do."""
+        for part in self.parts:
+            if isinstance(part, ReadingDrafting):
+                part.read(hidden)
 
     def propose(self, rows: int, depth: int) -> DraftTree:
         """The merged tree of at most `rows` nodes."""

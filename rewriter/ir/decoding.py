@@ -99,6 +99,14 @@ class RevealingStepper(Protocol):
         """What the head of logits multiplies by its weight [V, d], behind nodes of one row's tree verified last: [n, d]."""
 
 
+@runtime_checkable
+class ReadingStepper(Protocol):
+    """A Stepper that can also tell what its head of logits read in the prompt."""
+
+    def read(self, row: int) -> Tensor | None:
+        """The same behind the tokens of one row's prompt, [T, d]; None where rows shared its computation."""
+
+
 OpenStepper = Callable[[], RollbackStepper]
 """Makes a stepper that holds nothing yet."""
 
@@ -175,6 +183,14 @@ class SelfDrafting(Protocol):
 
     def attach(self, own: OwnModel) -> None:
         """The model of this sequence."""
+
+
+@runtime_checkable
+class ReadingDrafting(Protocol):
+    """A Drafting that goes on from what the model read in the prompt; without it, from what it reads later."""
+
+    def read(self, hidden: Tensor) -> None:
+        """What the model's head of logits read behind the tokens of the prompt, [T, d]."""
 
 
 class Drafter(Protocol):

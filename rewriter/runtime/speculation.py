@@ -16,6 +16,8 @@ from subquad.ir.decoding import (
     Drafter,
     Drafting,
     OwningStepper,
+    ReadingDrafting,
+    ReadingStepper,
     RevealingStepper,
     SelfDrafting,
     Stepper,
@@ -142,6 +144,10 @@ def speculate(
                 own = stepper.own(row.number)
                 if own.blocks:
                     row.drafting.attach(own)
+            if isinstance(row.drafting, ReadingDrafting) and isinstance(stepper, ReadingStepper):
+                hidden = stepper.read(row.number)
+                if hidden is not None:
+                    row.drafting.read(hidden)
     reveal = stepper.hidden if isinstance(stepper, RevealingStepper) else None
     while not all(row.ended for row in rows):
         start = time.perf_counter()

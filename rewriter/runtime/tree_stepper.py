@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from subquad.ir.draft import DraftTree
-from subquad.runtime.decode_engine import DecodeEngine
+from subquad.runtime.decode_engine import TAIL, DecodeEngine
 from subquad.runtime.key_tree import columns_of, separate
 from subquad.runtime.own_model import RowModel
 from subquad.runtime.prefix_tree import Sharing, sorted_rows
@@ -51,6 +51,7 @@ class TreeStepper:
         self.watched: set[int] = set()
         self._stream: Tensor | None = None
         self._streams: dict[int, Tensor] = {}
+        self._prompt: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def trees(self) -> bool:
@@ -69,7 +70,10 @@ class TreeStepper:
         if sharing is None:
             self.on_sharing(plan)
             self.order, self.state = None, self.engine.start(ids.shape[0], room)
-            return self.engine.run(self.state, ids, attention_mask)[:, -1]
+            streams: dict[int, Tensor] = {}
+            logits = self.engine.run(self.state, ids, attention_mask, streams=streams)[:, -1]
+            self._prompt = streams[TAIL], attention_mask
+            return logits
         more = room - ids.shape[1]
         logits, state, ran = run_shared(self.engine, ids, attention_mask, sharing, more, self.cache)
         self.on_sharing(replace(plan, cached=plan.computed - ran, computed=ran))
@@ -108,6 +112,7 @@ class TreeStepper:
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor]:
         """Logits [nodes, V] of every row's tree; shorter trees are filled up behind their last node."""
         assert self.state is not None
+        self._prompt = None
         trees = self._sorted(trees)
         lengths = [0 if tree is None else len(tree) for tree in trees]
         width = max(lengths)
@@ -141,6 +146,13 @@ class TreeStepper:
     def stream(self, block: int, row: int, nodes: Sequence[int]) -> Tensor:
         """The stream [n, ...] in front of a watched block behind nodes of one row of the last `verify`."""
         return self._streams[block][self.place(row), list(nodes)]
+
+    def read(self, row: int) -> Tensor | None:
+        """What the head of logits read in one row's prompt, [T, d], until the first `verify`; None where rows shared."""
+        if self._prompt is None or self.engine.readout is None:
+            return None
+        stream, mask = self._prompt[0][row], self._prompt[1]
+        return self.engine.readout.reads((stream if mask is None else stream[mask[row] != 0]).unsqueeze(1))
 
     @property
     def blocks(self) -> int:

@@ -9,9 +9,13 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from subquad.decoder import Decoder
+from subquad.passes.speculate.chimera import Chimera
+from subquad.passes.speculate.falcon import Falcon
 from subquad.passes.speculate.speculate import HEADS, TrainedPart
+from subquad.training.context_lessons import glancing, imitation
 from subquad.training.foretold import Foretold
 from subquad.training.heads import LEVELS, WIDTH, WORDS, HeadTraining, frequent
+from subquad.training.sequences import SequenceTraining
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,29 @@ Recipe = Callable[[Material, int], DrafterTraining]
 """(material, seed) → the training, before its first batch; torch's generator has that seed, for initial values."""
 
 
+def _sizes(material: Material) -> tuple[int, Tensor, int]:
+    """(d, the frequent tokens, the numbers that the words turn into scores: an even number)."""
+    text, hidden = material.text, material.head.shape[1]
+    return hidden, frequent(text.wanted[~text.asked], WORDS), min(WIDTH, hidden // 2 * 2)
+
+
 def _heads(name: str) -> Recipe:
     def recipe(material: Material, seed: int) -> DrafterTraining:
-        text, head = material.text, material.head
-        ids = frequent(text.wanted[~text.asked], WORDS)
-        heads = HEADS[name](head.shape[1], ids, min(WIDTH, head.shape[1]), LEVELS).fitted(head)
-        return HeadTraining(heads, text, seed)
+        heads = HEADS[name](*_sizes(material), LEVELS).fitted(material.head)
+        return HeadTraining(heads, material.text, seed)
 
     return recipe
 
 
-RECIPES: dict[str, Recipe] = {name: _heads(name) for name in HEADS}
+def _chimera(material: Material, seed: int) -> DrafterTraining:
+    heads = Chimera(*_sizes(material), LEVELS).fitted(material.head)
+    return SequenceTraining(heads, material.text, imitation(heads), seed)
+
+
+def _falcon(material: Material, seed: int) -> DrafterTraining:
+    heads = Falcon(*_sizes(material), LEVELS).fitted(material.head)
+    return SequenceTraining(heads, material.text, glancing(heads, material.head, seed), seed)
+
+
+RECIPES: dict[str, Recipe] = {**{name: _heads(name) for name in HEADS}, "chimera": _chimera, "falcon": _falcon}
 """By the word for the drafter; its keys are those of speculate.TRAINED."""
