@@ -16,7 +16,7 @@ from subquad.application import Rewritten, rewritten
 from subquad.decoder import Decoder
 from subquad.ir.errors import ConversionError
 from subquad.ir.trained import head_digest
-from subquad.passes.speculate.speculate import TrainedPart
+from subquad.passes.speculate.speculate import Speculate, TrainedPart
 from subquad.text_generation import decoder_of
 from subquad.training.checkpoint import Checkpoint, Progress, unfinished
 from subquad.training.foretold_text import foretold_text
@@ -47,7 +47,8 @@ def convert_drafter(
     head = decoder.trained.found_head(name)
     seen = foretold_text(_ready(decoder), text, codec, tuple(getattr(codec, "eos", ())), tokens, model)
     torch.manual_seed(seed)
-    training = RECIPES[name](Material(fast, decoder, head, seen), seed)
+    assert isinstance(record.loop, Speculate)
+    training = RECIPES[name](Material(fast, decoder, head, seen, record.loop), seed)
     if not training.batches:
         raise ConversionError(f"{tokens} tokens are too few to train on; ask for more.")
     checkpoint = Checkpoint(unfinished(target, name), _digest(training.part, seen.wanted, model, seed))

@@ -103,7 +103,7 @@ def test_a_drafter_is_trained_stored_loaded_and_accepted(
     assert len(account[0]["guessed"]) >= 3
     assert not list(tmp_path.glob("*.unfinished"))
     with safe_open(str(out / NAME), framework="pt") as stored:
-        assert all(name.startswith(f"{name}.") for name in stored.keys())  # noqa: SIM118
+        assert all(full.startswith(f"{name}.") for full in stored.keys())  # noqa: SIM118
     knobs = spoken({"method": name}, None)
     assert knobs is not None
     found = []

@@ -27,6 +27,7 @@ from subquad.passes.speculate.layer_skip import LayerSkip
 from subquad.passes.speculate.medusa import Medusa
 from subquad.passes.speculate.online_distillation import OnlineDistillation
 from subquad.passes.speculate.prompt_lookup import PromptLookup
+from subquad.passes.speculate.prompt_tokens import MASKS, PromptTokens
 from subquad.passes.speculate.suffix_automaton import SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
 from subquad.passes.speculate.trigram_tree import TrigramTree
@@ -39,9 +40,12 @@ class Speculate(LoopRewrite):
 
     method: "auto" (suffix automaton, Token Recycling, and what was trained for the model), "suffix", "ngram" (prompt lookup),
     "recycling", "trigram", "layer_skip" (the model itself without some of its blocks), or what `convert` trains: "medusa",
-    "hydra", "chimera" or "falcon".
+    "hydra", "chimera", "falcon" or "ppd" (prompt tokens).
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
+    draft_block: tokens that "falcon" guesses in one of its passes (paper: 2 to 4).
+    prompt_copies, prompt_mask: of every prompt token of "ppd", how many whose guesses are averaged, and what each sees of the
+    others: "ensemble", "decoder" or "encoder"; see prompt_tokens.MASKS.  These three are settled when the drafter is trained.
     online_update_interval: rejected guesses after which trained heads learn from them (OSD, 2310.07177); 0: they stay.
     """
 
@@ -55,6 +59,9 @@ class Speculate(LoopRewrite):
     prompt_lookup_max: int = 3
     prompt_lookup_min: int = 1
     online_update_interval: int = 0
+    draft_block: int = 2
+    prompt_copies: int = 1
+    prompt_mask: str = "ensemble"
 
     def __post_init__(self) -> None:
         if self.method not in KNOWN:
@@ -66,6 +73,11 @@ class Speculate(LoopRewrite):
                 f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max {self.prompt_lookup_max}; "
                 "the first must be at least 1 and at most the second."
             )
+        for word in ("draft_block", "prompt_copies"):
+            if not 1 <= getattr(self, word) <= 4:
+                raise ValueError(f"{word} is {getattr(self, word)}; it must be 1 to 4.")
+        if self.prompt_mask not in MASKS:
+            raise ValueError(f"the prompt_mask {self.prompt_mask!r} is unknown; known: {', '.join(MASKS)}.")
         if self.online_update_interval < 0:
             raise ValueError(f"online_update_interval is {self.online_update_interval}; it must be 0 or more.")
 
@@ -99,7 +111,7 @@ class TrainedPart(Protocol):
 
 HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra)}
 """Heads that read the last hidden state and the tokens behind it, by the word for them."""
-TRAINED: dict[str, type[TrainedPart]] = {**HEADS, **{kind.name: kind for kind in (Chimera, Falcon)}}
+TRAINED: dict[str, type[TrainedPart]] = {**HEADS, **{kind.name: kind for kind in (Chimera, Falcon, PromptTokens)}}
 """All that `convert` trains, by the word for it."""
 
 

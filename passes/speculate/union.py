@@ -20,17 +20,22 @@ from subquad.ir.decoding import (
 )
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import PassError
+from subquad.ir.probes import counts_behind
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
 
 
 def merge(trees: Sequence[DraftTree], rows: int) -> DraftTree:
-    """The trie of all trees' paths, cut to the `rows` nodes of highest value below the root.
+    """The trie of all trees' paths, cut to the nodes of highest value; `rows` below the root at most, with probes.
 
-    A path that several trees propose counts once, with the highest of its values.
+    A path that several trees propose counts once, with the highest of its values.  Of the first tree that has probes those
+    behind the root come before any node, those behind other nodes where there is room left.
     """
     tokens, parents, values = [trees[0].tokens[0]], [-1], [1.0]
     place: dict[tuple[int, int], int] = {}
     heap: list[tuple[float, int, int, int]] = []  # (−value, tree, node, parent in the trie)
+    probing = next((n for n, tree in enumerate(trees) if tree.probes is not None), 0)
+    behind = counts_behind(trees[probing].probes, len(trees[probing]))
+    kept, room = {0: 0}, rows - behind[0]
 
     def push(which: int, node: int, into: int) -> None:
         tree = trees[which]
@@ -44,14 +49,23 @@ def merge(trees: Sequence[DraftTree], rows: int) -> DraftTree:
         value, which, node, into = heappop(heap)
         key = (into, trees[which].tokens[node])
         if key not in place:
-            if len(tokens) > rows:
+            if len(tokens) > room:
                 break
             place[key] = len(tokens)
             tokens.append(key[1])
             parents.append(into)
             values.append(-value)
+        if which == probing:
+            kept[node] = place[key]
         push(which, node, place[key])
-    return DraftTree(tuple(tokens), tuple(parents), tuple(values))
+    room -= len(tokens) - 1
+    for node in list(kept)[1:]:
+        room -= behind[node]
+        if room < 0:
+            del kept[node]
+    probes = trees[probing].probes
+    kept_probes = None if probes is None else probes.behind(kept)
+    return DraftTree(tuple(tokens), tuple(parents), tuple(values), probes=kept_probes)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,10 @@ class Stepper(Protocol):
         """Logits [B, V] behind the last token of prompts int64 [B, T], padded on the left where the mask is 0."""
 
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor]:
-        """Logits [nodes, V] of every row's tree; None stands for a row that has ended and gets [0, V]."""
+        """Logits [nodes, V] of every row's tree; None stands for a row that has ended and gets [0, V].
+
+        Behind those of the nodes stand those of the tree's probes, for a ProbingStepper; no other is given any.
+        """
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, of what was verified, the nodes of each row's path: ascending, the root first; empty for an ended row."""
@@ -100,6 +103,15 @@ class RevealingStepper(Protocol):
 
 
 @runtime_checkable
+class ProbingStepper(Protocol):
+    """A Stepper that runs a tree's probes."""
+
+    @property
+    def probing(self) -> bool:
+        """Whether it does."""
+
+
+@runtime_checkable
 class ReadingStepper(Protocol):
     """A Stepper that can also tell what its head of logits read in the prompt."""
 
@@ -140,7 +152,8 @@ class Verified:
 
     tree: what was verified.  path: the accepted nodes, the root first.  tokens: what was committed, in order; the last one is
     pending now.  logits: the model's unprocessed logits [nodes, V].  hidden: nodes → what the head of logits read behind
-    them, [n, d]; computed when it is asked for, until the next pass; None where the stepper cannot tell.
+    them, [n, d]; computed when it is asked for, until the next pass; None where the stepper cannot tell.  probed: the logits
+    [n, V] of the tree's probes, None where there were none.
     """
 
     tree: DraftTree
@@ -148,6 +161,7 @@ class Verified:
     tokens: tuple[int, ...]
     logits: Tensor
     hidden: Callable[[Sequence[int]], Tensor] | None = None
+    probed: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from subquad.ir.probes import Probes
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class DraftTree:
     stand in order of priority, so that the first n of them are a tree too.  values: estimated probability that a node is
     accepted, per node (empty: unknown; values[0] is 1).  laws: per node the distribution float [V] from which its children
     were drawn, None where they were not drawn (empty: none was).  draws: per node its children in the order in which they
-    were drawn, an id once for each draw (empty: ascending, once each).
+    were drawn, an id once for each draw (empty: ascending, once each).  probes: rows that run beside the nodes, None without.
     """
 
     tokens: tuple[int, ...]
@@ -25,6 +27,7 @@ class DraftTree:
     values: tuple[float, ...] = ()
     laws: tuple[Tensor | None, ...] = ()
     draws: tuple[tuple[int, ...], ...] = ()
+    probes: Probes | None = None
 
     @staticmethod
     def chain(
@@ -35,6 +38,11 @@ class DraftTree:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def rows(self) -> int:
+        """What a pass runs for it: nodes and probes."""
+        return len(self) + (0 if self.probes is None else len(self.probes))
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -81,7 +89,8 @@ class DraftTree:
             return self
         assert not self.laws, "a drawn tree is cut by depth only"
         count = max(1, nodes)
-        return DraftTree(self.tokens[:count], self.parents[:count], self.values[:count])
+        kept = None if self.probes is None else self.probes.behind({n: n for n in range(count)})
+        return DraftTree(self.tokens[:count], self.parents[:count], self.values[:count], probes=kept)
 
     def within(self, depth: int) -> DraftTree:
         """The tree without the nodes below a depth; the root always stays."""
@@ -95,16 +104,21 @@ class DraftTree:
             tuple(self.values[n] for n in kept) if self.values else (),
             tuple(self.laws[n] for n in kept) if self.laws else (),
             tuple(tuple(place[c] for c in self.draws[n] if c in place) for n in kept) if self.draws else (),
+            None if self.probes is None else self.probes.behind(place),
         )
 
     def first_path(self) -> DraftTree:
-        """The chain that follows the first child of every node: for models that verify no trees."""
+        """The chain that follows the first child of every node: for models that verify no trees.
+
+        Of its probes the first copies behind its last node stay, which are a chain too.
+        """
         path = [0]
         while self.children[path[-1]]:
             path.append(self.drawn(path[-1])[0])
         values = tuple(self.values[n] for n in path) if self.values else ()
         laws = tuple(self.laws[n] for n in path) if self.laws else ()
-        return DraftTree.chain(tuple(self.tokens[n] for n in path), values, laws)
+        probes = None if self.probes is None else self.probes.first_copy().behind({path[-1]: len(path) - 1})
+        return replace(DraftTree.chain(tuple(self.tokens[n] for n in path), values, laws), probes=probes)
 
     def drawn(self, node: int) -> tuple[int, ...]:
         """The children of a node in the order in which they were drawn, repetitions included."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ir.errors import GenerationError
 from subquad.runtime.layout import DecoderLayout
-from subquad.runtime.pass_inputs import StepInputs, Tokens, lag, next_tokens, prompt_inputs
+from subquad.runtime.pass_inputs import Beside, StepInputs, Tokens, lag, next_tokens, prompt_inputs
 from subquad.runtime.readout import Readout, find_readout
 from subquad.runtime.schedule import Runner, Schedule
 from subquad.runtime.state import DecoderState, Pending, Recurrence, commit, cut_back, new_state, remember, reserve
@@ -91,13 +92,13 @@ class DecodeEngine:
 
     def verify(
         self, state: DecoderState, ids: Tensor, parents: Tensor | None = None, skip: Collection[int] = (),
-        watched: dict[int, Tensor] | None = None,
+        watched: dict[int, Tensor] | None = None, beside: Beside | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Logits [B, w, vocabulary] and stream [B, w, ...] behind the last attention, of nodes ids [B, w]; all are pending.
 
         parents: int64 [w] or [B, w], the node before each node (smaller than its own number) or -1 where it follows what is
         committed; None for chains.  skip: numbers of the blocks (see `blocks`) that are left out.  watched: its keys are
-        numbers of blocks; receives the stream in front of each.
+        numbers of blocks; receives the stream in front of each.  beside: makes probes of some of the nodes.
         Raises GenerationError for trees in a model that can run chains only, and as `run` does.
         """
         with torch.inference_mode():
@@ -105,7 +106,7 @@ class DecodeEngine:
                 raise GenerationError("the model has recurrent states, so that only chains of tokens can be verified.")
             self._admit(state, ids, None)
             streams: dict[int, Tensor] = {} if watched is None else watched
-            logits = self._step(state, ids, parents, False, skip, streams)
+            logits = self._step(state, ids, parents, False, skip, streams, beside)
             return logits, streams.pop(TAIL)
 
     def commit(self, state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
@@ -213,16 +214,17 @@ class DecodeEngine:
 
     def _step(
         self, state: DecoderState, ids: Tensor, parents: Tensor | None, last_only: bool, skip: Collection[int] = (),
-        streams: dict[int, Tensor] | None = None,
+        streams: dict[int, Tensor] | None = None, beside: Beside | None = None,
     ) -> Tensor:  # fmt: skip
-        tokens = next_tokens(state, ids, parents)
+        tokens = next_tokens(state, ids, parents, beside)
         batch, width = ids.shape
         remember(state)
         known = None if parents is None else parents.expand(batch, width).tolist()
         state.pending = Pending(ids, known, state.recurrence)
         chosen = self.stepping(state, tokens.ids.numel())
         inputs = StepInputs(self.layout, state, tokens)
-        logits = _execute(chosen, inputs, self.layout, state, tokens.ids.shape, last_only, skip, streams)
+        added = None if beside is None else F.pad(beside.added, (0, 0, tokens.ids.shape[1] - width, 0))
+        logits = _execute(chosen, inputs, self.layout, state, tokens.ids.shape, last_only, skip, streams, None, added)
         if streams is not None:
             streams.update({n: stream[:, -width:] for n, stream in streams.items()})
         return logits[:, -width:]
@@ -243,15 +245,17 @@ class DecodeEngine:
 def _execute(
     chosen: Executor, shared: SharedInputs, layout: DecoderLayout, state: DecoderState, shape: tuple[int, ...],
     last_only: bool, skip: Collection[int] = (), streams: dict[int, Tensor] | None = None, ends: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Logits [B, w or 1, V] of a pass of this shape [B, w]; the recurrent states become those after it.
 
     streams: receives the stream [B, w, ...] in front of each block that is a key of it, and behind the last attention.
     ends: int64 [n], the places among all tokens of the pass of those whose logits [n, 1, V] are wanted, where they are not the
-    last column's.
+    last column's.  added: [B, w, e], what is added to the stream in front of the first block.
     """
     schedule, tensors = chosen.schedule, named_states(layout, state)
     stream, sides = entered(chosen, shared)
+    stream = stream if added is None else stream + added.reshape(stream.shape)
     kept = shape
     for n, (runner, used, weights, names, returned) in enumerate(chosen.calls):
         if streams is not None and n in streams:

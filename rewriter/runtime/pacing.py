@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from subquad.ir.draft import DraftTree
+from subquad.ir.probes import counts_behind
 from subquad.runtime.pass_costs import PassCosts
 
 MOST = 16
@@ -90,18 +91,26 @@ class MeasuredPacing:
         live = [tree for tree in trees if tree is not None]
         if self._rest > 0 or any(tree.laws or (not tree.values and len(tree) > 1) for tree in live):
             return list(trees)
-        nodes = sorted((-value, n) for n, tree in enumerate(trees) if tree is not None for value in _falling(tree))
+        nodes = [(value, n, fed) for n, t in enumerate(trees) if t is not None for value, fed in _falling(t)]
+        nodes.sort(key=lambda node: (-node[0], node[1]))
+        roots = sum(counts_behind(tree.probes, len(tree))[0] for tree in live)
         kept = [0] * len(trees)
-        for _, n in nodes[: self._best(len(live), [-value for value, _ in nodes])]:
+        for _, n, _ in nodes[: self._best(len(live), roots, [(value, fed) for value, _, fed in nodes])]:
             kept[n] += 1
         return [None if tree is None else tree.first(1 + kept[n]) for n, tree in enumerate(trees)]
 
-    def _best(self, rows: int, values: list[float]) -> int:
-        """How many of the nodes, the likeliest first, give the most tokens for the cost of their pass."""
-        best, speed, gain = 0, MARGIN * rows / self.costs.of(rows), float(rows)
-        for n, value in enumerate(values[: max(0, self.most - rows)], 1):
-            gain += self.trust * value
-            rate = gain / self.costs.of(rows + n)
+    def _best(self, rows: int, probes: int, nodes: list[tuple[float, int]]) -> int:
+        """How many of the nodes, the likeliest first, give the most tokens for the cost of their pass.
+
+        probes: what runs beside the roots.  nodes: the value of each, and the rows that it brings, its probes included.
+        """
+        fed, gain = rows + probes, float(rows)
+        best, speed = 0, MARGIN * gain / self.costs.of(fed)
+        for n, (value, more) in enumerate(nodes, 1):
+            fed, gain = fed + more, gain + self.trust * value
+            if fed > self.most:
+                break
+            rate = gain / self.costs.of(fed)
             if rate > speed:
                 best, speed = n, rate
         return best
@@ -109,7 +118,7 @@ class MeasuredPacing:
     def record(self, trees: Sequence[DraftTree | None], emitted: int, seconds: float) -> None:
         """One pass: what was fed, the tokens it gave in all rows, and its seconds, drafting included."""
         live = [tree for tree in trees if tree is not None]
-        fed, rows = sum(map(len, live)), len(live)
+        fed, rows = sum(tree.rows for tree in live), len(live)
         self.costs.learn(fed, seconds)
         if self._wide >= self._most_wide:
             self._most_wide = min(SELDOM, 2 * self._most_wide)
@@ -139,10 +148,10 @@ class MeasuredPacing:
         self.trust = (1 + self.trust) / 2
 
 
-def _falling(tree: DraftTree) -> list[float]:
-    """The values of the nodes below the root, none larger than one before it."""
+def _falling(tree: DraftTree) -> list[tuple[float, int]]:
+    """The values of the nodes below the root, none larger than one before it, and the rows that each brings."""
     least, found = 1.0, []
-    for value in tree.values[1:]:
+    for value, probes in zip(tree.values[1:], counts_behind(tree.probes, len(tree))[1:], strict=False):
         least = min(least, value)
-        found.append(least)
+        found.append((least, 1 + probes))
     return found

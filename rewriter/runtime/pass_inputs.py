@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +32,30 @@ class Tokens:
     slots: int
 
 
-def next_tokens(state: DecoderState, ids: Tensor, parents: Tensor | None) -> Tokens:
+class Beside(NamedTuple):
+    """What makes probes of some tokens of a pass.
+
+    added: [B, w, e], added to the embeddings where they enter the first block, zero for others.  tree: bool [B, w, w] and
+    depths: int64 [B, w], which of the tokens each one sees, and how far behind what is committed it stands; None for chains.
+    """
+
+    added: Tensor
+    tree: Tensor | None
+    depths: Tensor | None
+
+
+def next_tokens(state: DecoderState, ids: Tensor, parents: Tensor | None, beside: Beside | None = None) -> Tokens:
     """The tokens ids [B, w] behind what the state holds, as chains or as the trees of `parents` int64 [w] or [B, w].
 
+    beside: says instead of the parents who sees whom, where it does.
     Tokens that a recurrent state has not seen yet run before them again.
     """
     width = ids.shape[1]
     total, slots = state.length + width, state.own + width
     lengths, base = (torch.tensor(side, device=state.device)[:, None] for side in (state.lengths, state.base))
     nodes = state.arange[:width]
+    if beside is not None and beside.tree is not None and beside.depths is not None:
+        return Tokens(ids, lengths + beside.depths, lengths - base + nodes, beside.tree, None, total, slots)
     if parents is not None:
         tree = ancestors(parents).expand(state.batch, width, width)
         return Tokens(ids, lengths + tree.sum(-1) - 1, lengths - base + nodes, tree, None, total, slots)

@@ -56,6 +56,18 @@ class Program:
         """The same with the operators as they are, so that fake tensors may run through."""
         return _runner(self.graph, {})
 
+    def differentiable(self) -> Runner:
+        """The same in float32 throughout, with gradients."""
+        wide = torch.fx.Graph()
+        wide.output(wide.graph_copy(self.graph, {}))
+        for node in wide.nodes:
+            node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), _widened)  # type: ignore[assignment]
+        return _runner(wide, {torch.ops.subquad.narrow_linear.default: torch.nn.functional.linear})
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float32 if argument in (torch.bfloat16, torch.float16) else argument
+
 
 def _runner(graph: torch.fx.Graph, functions: Mapping[Any, Callable[..., Any]]) -> Runner:
     copy = torch.fx.Graph()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from subquad.ir.decoding import (
     Drafter,
     Drafting,
     OwningStepper,
+    ProbingStepper,
     ReadingDrafting,
     ReadingStepper,
     RevealingStepper,
@@ -162,10 +163,12 @@ def speculate(
         for row, tree, (path, new), logits in zip(rows, trees, walked, verified, strict=True):
             if row.drafting is not None and tree is not None and not row.ended:
                 hidden = functools.partial(reveal, row.number) if reveal is not None else None
-                row.drafting.observe(Verified(tree, tuple(path), tuple(e.token for e in new), logits, hidden))
+                tokens, nodes = tuple(e.token for e in new), len(tree)
+                probed = logits[nodes:] if len(logits) > nodes else None
+                row.drafting.observe(Verified(tree, tuple(path), tokens, logits[:nodes], hidden, probed))
         end = time.perf_counter()
         pacing.record(trees, sum(len(new) for _, new in walked), end - start)
-        fed = sum(len(tree) for tree in trees if tree is not None)
+        fed = sum(tree.rows for tree in trees if tree is not None)
         yield Pass(tuple(tuple(new) for _, new in walked), _ended(rows), fed, end - start, end - done + drafted - start)
 
 
@@ -199,6 +202,8 @@ def _trees(rows: list[_Row], stepper: Stepper, pace: Pacing, vocabulary: int) ->
         tree = row.drafting.propose(limit, row.room - 1)
         _check(tree, row, vocabulary)
         tree = tree.within(row.room - 1) if stepper.trees else tree.first_path().within(row.room - 1)
+        if tree.probes is not None and not (isinstance(stepper, ProbingStepper) and stepper.probing):
+            tree = replace(tree, probes=None)
         found.append(tree if tree.laws else tree.first(1 + limit))
     return pace.cut(found)
 

@@ -15,6 +15,7 @@ from subquad.runtime.decode_engine import TAIL, DecodeEngine
 from subquad.runtime.key_tree import columns_of, separate
 from subquad.runtime.own_model import RowModel
 from subquad.runtime.prefix_tree import Sharing, sorted_rows
+from subquad.runtime.probe_rows import probe_rows
 from subquad.runtime.radix_tree import Keys
 from subquad.runtime.shared_prompt import KnownPrefixes, run_shared
 from subquad.runtime.sharing_plan import SharingPlan, plan_sharing
@@ -57,6 +58,11 @@ class TreeStepper:
     def trees(self) -> bool:
         """Whether the model's state can hold branches: no recurrent site, no history that reads the tokens."""
         return self.engine.layout.trees
+
+    @property
+    def probing(self) -> bool:
+        """Trees may have probes."""
+        return True
 
     @property
     def limit(self) -> int | None:
@@ -110,20 +116,21 @@ class TreeStepper:
         return list(rows) if self.order is None else [rows[row] for row in self.order]
 
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor]:
-        """Logits [nodes, V] of every row's tree; shorter trees are filled up behind their last node."""
+        """Logits [nodes, V] of every row's tree, its probes behind it; shorter trees are filled up."""
         assert self.state is not None
         self._prompt = None
         trees = self._sorted(trees)
-        lengths = [0 if tree is None else len(tree) for tree in trees]
+        lengths = [0 if tree is None else tree.rows for tree in trees]
         width = max(lengths)
-        filled = [(0,) * width if tree is None else tree.tokens + (0,) * (width - len(tree)) for tree in trees]
-        parents = None
-        if any(tree is not None and not tree.is_chain for tree in trees):
+        parents, device = None, self.engine.device
+        probed = any(tree is not None and tree.probes is not None for tree in trees)
+        if any(tree is not None and not tree.is_chain for tree in trees) or (probed and self.trees):
             above = [(-1,) * width if tree is None else tree.parents + (-1,) * (width - len(tree)) for tree in trees]
-            parents = torch.tensor(above, device=self.engine.device)
-        nodes = torch.tensor(filled, device=self.engine.device)
+            parents = torch.tensor(above, device=device)
+        nodes = torch.tensor([_tokens(tree, width) for tree in trees], device=device)
+        beside = probe_rows(trees, width, self.trees, device) if probed else None
         self._streams = dict.fromkeys(self.watched, nodes)
-        logits, self._stream = self.engine.verify(self.state, nodes, parents, (), self._streams)
+        logits, self._stream = self.engine.verify(self.state, nodes, parents, (), self._streams, beside)
         found = [row[:length] for row, length in zip(logits, lengths, strict=True)]
         if self.order is None:
             return found
@@ -176,6 +183,12 @@ class TreeStepper:
         """Take back the last tokens of each row."""
         assert self.state is not None
         self.engine.rollback(self.state, self._sorted(counts))
+
+
+def _tokens(tree: DraftTree | None, width: int) -> tuple[int, ...]:
+    """The ids of a tree and its probes, filled up."""
+    found = () if tree is None else (*tree.tokens, *(() if tree.probes is None else tree.probes.tokens))
+    return found + (0,) * (width - len(found))
 
 
 def _apart(ids: Tensor, mask: Tensor | None) -> Sharing | None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from subquad.decoder import Decoder
 from subquad.passes.speculate.chimera import Chimera
 from subquad.passes.speculate.falcon import Falcon
-from subquad.passes.speculate.speculate import HEADS, TrainedPart
+from subquad.passes.speculate.prompt_tokens import PromptTokens
+from subquad.passes.speculate.speculate import HEADS, Speculate, TrainedPart
 from subquad.training.context_lessons import glancing, imitation
 from subquad.training.foretold import Foretold
 from subquad.training.heads import LEVELS, WIDTH, WORDS, HeadTraining, frequent
+from subquad.training.prompt_tokens import PromptTokenTraining, entry_width
 from subquad.training.sequences import SequenceTraining
+
+AHEAD = 3
+"""Prompt tokens (PPD, §5)."""
+APART = 1e-3
+"""Spread of several copies of them at first, so that they can come to differ."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,14 @@ class Material:
     """What there is to train with.
 
     model: the rewritten module, whose own weights stay as they are.  decoder: its decoder.  head: the weight of its head of
-    logits [V, d].  text: what it foretold.
+    logits [V, d].  text: what it foretold.  loop: the pass, with its knobs.
     """
 
     model: nn.Module
     decoder: Decoder
     head: Tensor
     text: Foretold
+    loop: Speculate = field(default_factory=Speculate)
 
 
 class DrafterTraining(Protocol):
@@ -79,9 +88,25 @@ def _chimera(material: Material, seed: int) -> DrafterTraining:
 
 
 def _falcon(material: Material, seed: int) -> DrafterTraining:
-    heads = Falcon(*_sizes(material), LEVELS).fitted(material.head)
+    heads = Falcon(*_sizes(material), LEVELS, material.loop.draft_block).fitted(material.head)
     return SequenceTraining(heads, material.text, glancing(heads, material.head, seed), seed)
 
 
-RECIPES: dict[str, Recipe] = {**{name: _heads(name) for name in HEADS}, "chimera": _chimera, "falcon": _falcon}
+def _ppd(material: Material, seed: int) -> DrafterTraining:
+    text, loop = material.text, material.loop
+    ids = frequent(text.wanted[~text.asked], AHEAD)
+    ids = ids.repeat(AHEAD)[:AHEAD]
+    added = torch.zeros(loop.prompt_copies, AHEAD, entry_width(material.decoder))
+    if loop.prompt_copies > 1:
+        added.normal_(0, APART)
+    part = PromptTokens(ids, added, loop.prompt_mask, material.head.shape[0])
+    return PromptTokenTraining(material.decoder, material.head, part, text, seed)
+
+
+RECIPES: dict[str, Recipe] = {
+    **{name: _heads(name) for name in HEADS},
+    "chimera": _chimera,
+    "falcon": _falcon,
+    "ppd": _ppd,
+}
 """By the word for the drafter; its keys are those of speculate.TRAINED."""
