@@ -139,9 +139,11 @@ def native_forms(build: bool = False) -> bool:
 
 
 def _library_path() -> Path:
-    """Where the private cache keeps the C++ forms of operators."""
-    key = hashlib.sha256(json.dumps([FORMAT, machine_key()]).encode()).hexdigest()[:32]
-    return package_path(key, ".so")
+    """Where the private cache keeps the C++ forms of operators, made from these very sources."""
+    found = hashlib.sha256(json.dumps([FORMAT, machine_key()]).encode())
+    for source in native_library.files():
+        found.update(source.read_bytes())
+    return package_path(found.hexdigest()[:32], ".so")
 
 
 def _worker(missing: Mapping[Order, Path]) -> Iterator[None]:

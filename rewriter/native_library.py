@@ -14,6 +14,11 @@ from subquad.kernels.native_code import SOURCES, provide_library
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 
 
+def files() -> tuple[Path, ...]:
+    """The sources of the library and their headers."""
+    return (*SOURCES, *sorted(SOURCES[0].parent.glob("*.h")))
+
+
 def build(target: Path) -> bool:
     """Compile the library into `target`, which appears whole or not at all; False when the compiler cannot."""
     from torch._inductor.cpp_builder import get_cpp_compiler

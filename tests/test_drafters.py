@@ -14,13 +14,13 @@ from test_speculation import KNOBS, run
 
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import PassError
+from subquad.kernels.largest import first_largest, top_tokens
 from subquad.passes.speculate.prompt_lookup import PromptLookup
 from subquad.passes.speculate.ranked_tree import grow, learn, prior
 from subquad.passes.speculate.rates import Rates
 from subquad.passes.speculate.speculative_sampling import SpeculativeSampling
 from subquad.passes.speculate.suffix_automaton import SuffixAutomaton, SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
-from subquad.passes.speculate.top_tokens import top_tokens
 from subquad.passes.speculate.trigram_tree import TrigramTree
 from subquad.passes.speculate.union import Union, merge
 
@@ -93,7 +93,7 @@ def test_top_tokens_are_those_of_topk(rows: int, vocabulary: int, count: int, se
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shift", [-100.0, -3.0, 0.0, 3.0])
-def test_top_tokens_of_any_sign_and_dtype(dtype: torch.dtype, shift: float) -> None:
+def test_top_tokens_of_any_sign_and_dtype(form: str, dtype: torch.dtype, shift: float) -> None:
     """At -100 no logit is positive, at -3 fewer than asked for in some rows."""
     logits = (torch.randn(5, 4000, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
     logits[0, :3993] = -torch.inf
@@ -102,6 +102,33 @@ def test_top_tokens_of_any_sign_and_dtype(dtype: torch.dtype, shift: float) -> N
     assert torch.equal(logits.gather(1, found), logits.topk(8, -1).values)
     assert all(len(set(row)) == 8 for row in found.tolist())
     assert torch.equal(top_tokens(logits[:0], 8), logits[:0].topk(8, -1).indices)
+    assert torch.equal(logits.gather(1, top_tokens(logits, 4000)), logits.sort(-1, descending=True).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 4000])
+def test_the_first_of_the_largest_is_that_of_argmax(form: str, dtype: torch.dtype, vocabulary: int) -> None:
+    """Few different values, both zeros among them, so that most of the largest are not alone."""
+    source = torch.Generator().manual_seed(vocabulary)
+    for _ in range(20):
+        scores = torch.randint(-3, 2, (3, vocabulary), generator=source).div(2).to(dtype)
+        scores[0] *= -0.0
+        for row in scores.split(1):
+            assert first_largest(row) == int(row.argmax())
+
+
+@pytest.mark.parametrize("form", ["native"], indirect=True)
+def test_equal_logits_come_in_ascending_order(form: str) -> None:
+    assert top_tokens(torch.zeros(5, 40_000), 4).tolist() == [[0, 1, 2, 3]] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [0x7FC0, -0x0040])
+def test_a_nan_of_either_sign_is_seen(form: str, dtype: torch.dtype, bits: int) -> None:
+    scores = torch.randn(1, 1000).to(dtype)
+    scores[0, 700] = torch.tensor([bits], dtype=torch.int16).view(torch.bfloat16)[0].to(dtype)
+    assert first_largest(scores) is None
+    assert first_largest(torch.full((1, 9), -torch.inf, dtype=dtype)) == 0
 
 
 def test_the_grown_tree_has_the_paths_of_highest_value() -> None:

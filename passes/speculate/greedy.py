@@ -8,6 +8,7 @@ from torch import Tensor
 
 from subquad.ir.decoding import Chance
 from subquad.ir.draft import DraftTree
+from subquad.kernels.largest import first_largest
 
 
 @dataclass(frozen=True)
@@ -16,4 +17,5 @@ class Greedy:
 
     def emit(self, scores: Tensor, tree: DraftTree, node: int, chance: Chance) -> int:
         """The first of the largest scores [1, V]."""
-        return int(scores.argmax(-1))
+        best = first_largest(scores)
+        return int(scores.argmax(-1)) if best is None else best

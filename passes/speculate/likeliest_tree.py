@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad.ir.draft import DraftTree
-from subquad.passes.speculate.top_tokens import top_tokens
+from subquad.kernels.largest import top_tokens
 
 Guess = Callable[[int, Tensor], Tensor]
 """(level, paths int64 [n, level] below the pending token) → scores [n, R] of the tokens that may follow each path."""

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy
-
 from subquad.ir.decoding import AcceptanceRule, Choice, Verified
 from subquad.ir.draft import DraftTree
+from subquad.kernels.largest import top_tokens
 from subquad.passes.speculate.ranked_tree import grow, learn, prior
 from subquad.passes.speculate.rates import Rates
 from subquad.passes.speculate.sample_and_descend import SampleAndDescend
-from subquad.passes.speculate.top_tokens import top_tokens
 
 
 class Successors:
     """For every token the ids that the model ranked highest when it last saw the token: int32 [V, width], −1 unknown."""
 
     def __init__(self, width: int) -> None:
-        self.table = numpy.full((0, width), -1, dtype=numpy.int32)
+        self.table = array("i")
         self.width = width
 
     def of(self, token: int) -> list[int]:
         """The successors of a token, the likeliest first; empty when it was never seen."""
-        if token >= len(self.table):
-            return []
-        found: list[int] = self.table[token].tolist()
-        return found if found[-1] >= 0 else []
+        found = self.table[token * self.width : (token + 1) * self.width].tolist()
+        return found if found and found[-1] >= 0 else []
 
-    def write(self, tokens: Sequence[int], ids: numpy.ndarray, vocabulary: int) -> None:
-        """Replace the successors of tokens by ids [n, width]; the last of equal tokens wins."""
-        if len(self.table) < vocabulary:
-            grown = numpy.full((vocabulary, self.width), -1, dtype=numpy.int32)
-            grown[: len(self.table)] = self.table
-            self.table = grown
-        self.table[list(tokens), : ids.shape[1]] = ids
+    def write(self, tokens: Sequence[int], ids: Sequence[Sequence[int]], vocabulary: int) -> None:
+        """Replace the successors of tokens by ids [n, at most width]; the last of equal tokens wins."""
+        if len(self.table) < vocabulary * self.width:
+            self.table.extend(array("i", [-1]) * (vocabulary * self.width - len(self.table)))
+        for token, found in zip(tokens, ids, strict=True):
+            begin = token * self.width
+            self.table[begin : begin + len(found)] = array("i", found)
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,6 @@ class _Recycling:
         if self._proposed is not None:
             learn(self._proposed, result.tokens, one.rates)
             self._proposed = None
-        ids = top_tokens(result.logits, one.width).numpy(force=True)
+        ids = top_tokens(result.logits, one.width).tolist()
         one.successors.write(result.tree.tokens, ids, result.logits.shape[1])
         self.last = result.tokens[-1]

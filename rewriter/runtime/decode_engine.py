@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -298,12 +298,10 @@ def _by_row(stream: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _take_recurrent(layout: DecoderLayout, state: DecoderState, tensors: Mapping[str, Tensor], width: int) -> None:
-    sites = [n for n, site in enumerate(layout.sites) if site.kind == "recurrent"]
-    if sites:
+    if state.recurrence.sites:
         columns = tuple(length + width - lag(state) for length in state.lengths)
-        state.recurrence = Recurrence(
-            columns, tuple(tuple(tensors[f"{kind}_{n}"] for kind in RECURRENT) for n in sites)
-        )
+        sites = (n for n, site in zip(layout.state_names, layout.sites, strict=True) if site.kind == "recurrent")
+        state.recurrence = Recurrence(columns, tuple(tuple(tensors[name] for name in names) for names in sites))
 
 
 RECURRENT = ("state", "window_k", "window_v", "seen")
@@ -314,20 +312,21 @@ def _in_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name.rpartition("_")[2]), RECURRENT.index(name.rpartition("_")[0])))
 
 
+class _States(dict[str, Tensor]):
+    """State tensors by placeholder name; shared keys and values have no slots where nothing is shared."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return self[name.removeprefix("shared_")][0, :0]
+
+
 def named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
     """The state tensors by placeholder name."""
-    keys, values, recurrent = iter(state.k), iter(state.v), iter(state.recurrence.sites)
-    above, named = _above(state), dict[str, Tensor]()
-    for n, site in enumerate(layout.sites):
-        tensors = (next(keys), next(values)) if site.kind == "kv" else next(recurrent)
-        named.update((f"{name}_{n}", t) for name, t in zip(site.names, tensors, strict=True))
-        if site.kind == "kv":
-            named |= {f"shared_k_{n}": next(above[0]), f"shared_v_{n}": next(above[1])}
+    named, recurrent = _States(), iter(state.recurrence.sites)
+    keys = zip(state.k, state.v, strict=True)
+    for names, site in zip(layout.state_names, layout.sites, strict=True):
+        named.update(zip(names, next(keys) if site.kind == "kv" else next(recurrent), strict=True))
+    if state.shared is not None:
+        kv = (names for names, site in zip(layout.state_names, layout.sites, strict=True) if site.kind == "kv")
+        for names, *tensors in zip(kv, state.shared.k, state.shared.v, strict=True):
+            named.update((f"shared_{name}", tensor) for name, tensor in zip(names, tensors, strict=True))
     return named
-
-
-def _above(state: DecoderState) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-    """The shared keys and values of each KV site; without slots where nothing is shared."""
-    if state.shared is None:
-        return (t[0, :0] for t in state.k), (t[0, :0] for t in state.v)
-    return iter(state.shared.k), iter(state.shared.v)

@@ -58,6 +58,11 @@ class DecoderLayout:
         return not reads_ids and all(site.kind == "kv" for site in self.sites)
 
     @functools.cached_property
+    def state_names(self) -> tuple[tuple[str, ...], ...]:
+        """The placeholders of each site's state."""
+        return tuple(tuple(f"{name}_{n}" for name in site.names) for n, site in enumerate(self.sites))
+
+    @functools.cached_property
     def token_bytes(self) -> int:
         """Bytes of keys and values that a token leaves in all sites together."""
         kv = [site for site in self.sites if site.kind == "kv"]

@@ -26,6 +26,7 @@ from subquad.ir.decoding import (
 )
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import GenerationError
+from subquad.kernels.largest import first_largest
 from subquad.runtime.pacing import FixedPacing, Pacing
 
 Stop = Callable[[int, Tensor, Tensor], bool]
@@ -37,11 +38,16 @@ WHOLE = FixedPacing(7)
 
 @dataclass(frozen=True)
 class Emission:
-    """One new token with the model's logits [V] it was chosen from, and the processed scores [1, V]."""
+    """One new token with the model's logits [V] it was chosen from, and the same processed, [1, V]."""
 
     token: int
     logits: Tensor
-    scores: Tensor
+    processed: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """What was processed, float32 [1, V]."""
+        return self.processed.to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class _Row:
         self.length = ids.shape[1] - ending.max_new_tokens
         self.ended = False
         self.drafting: Drafting | None = None
+        self._as_they_are = choice.greedy and not choice.processors and not ending.stops
 
     @property
     def pending(self) -> DraftTree:
@@ -94,7 +101,7 @@ class _Row:
             path.append(node)
             prefix = self.ids[:, : self.length]
             raw = logits[node : node + 1]
-            scores = raw.to(torch.float32, copy=bool(self.choice.processors))
+            scores = raw if self._as_they_are else raw.to(torch.float32, copy=bool(self.choice.processors))
             for processor in self.choice.processors:
                 scores = processor(prefix, scores)
             self._check(scores)
@@ -107,9 +114,9 @@ class _Row:
         return path, found
 
     def _check(self, scores: Tensor) -> None:
-        largest = float(scores.max())
-        if largest != largest or (largest == -torch.inf and not self.choice.greedy):
-            found = "NaN" if largest != largest else "no allowed token"
+        best = first_largest(scores)
+        if best is None or (not self.choice.greedy and float(scores[0, best]) == -torch.inf):
+            found = "NaN" if best is None else "no allowed token"
             raise GenerationError(
                 f"the scores of row {self.number} after {self.length} tokens hold {found}; look at the model's weights, its "
                 "dtype and the logits processors."

@@ -238,10 +238,10 @@ def commit(state: DecoderState, paths: Sequence[Sequence[int]]) -> None:
             pool[:, rows, target] = pool[:, rows, source]
     ids = next(iter(state.tokens.values()))
     for row, path in enumerate(paths):
-        if path:
-            start = state.lengths[row]
+        start = state.lengths[row]
+        if any(node != n for n, node in enumerate(path)):  # the first nodes were written where they stay
             ids[row, start : start + len(path)] = pending.ids[row, list(path)]
-            state.lengths[row] += len(path)
+        state.lengths[row] += len(path)
     if state.recurrence.columns != tuple(state.lengths):
         state.recurrence = pending.before
     state.pending = None
