@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import machine
 import torch
 from speculate import GROUPS, Setup, prompts
+from trained_drafters import stored
 from transformers import AutoModelForCausalLM
 
 import subquad
@@ -78,8 +79,9 @@ DEFAULT = Case("auto", "tree", 1, 1.0, False)
 class Comparison:
     """Both sides, and a judge that is loaded when they differ."""
 
-    def __init__(self, count: int, compiled: bool) -> None:
+    def __init__(self, count: int, compiled: bool, trained: Sequence[str]) -> None:
         self.setup, self.count, self.compiled = Setup(torch.float32, compiled), count, compiled
+        self.setup.decoder.trained = stored(trained)
         self.tokenizer = self.setup.tokenizer
         self.tokenizer.padding_side, self.tokenizer.pad_token = "left", self.tokenizer.eos_token
         self._drafters: dict[str, Any] = {}
@@ -111,7 +113,7 @@ class Comparison:
         ]
 
     def _ours(self, ids: torch.Tensor, mask: torch.Tensor, case: Case, ends: Sequence[int]) -> list[list[int]]:
-        drafter = self._drafters.setdefault(case.method, Speculate(method=case.method).drafter())
+        drafter = self._drafters.setdefault(case.method, self.setup.decoder.drafter(Speculate(method=case.method)))
         drafter = Chains(drafter) if case.shape == "chain" else drafter
         choice = Choice(processors(repetition_penalty=case.penalty), True, TorchChance())
         rows: list[list[int]] = [[] for _ in range(len(ids))]
@@ -148,9 +150,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str], Case]]
     """(name, texts, case) of everything that was asked for, in a fixed order."""
     cases: list[Case] = [DEFAULT]
     if arguments.matrix:
-        cases = [
-            Case(*c) for c in itertools.product(sorted(METHODS), ("chain", "tree"), (1, 4), (1.0, 1.2), (False, True))
-        ]
+        methods = sorted({*METHODS, *stored(arguments.trained).parameters})
+        cases = [Case(*c) for c in itertools.product(methods, ("chain", "tree"), (1, 4), (1.0, 1.2), (False, True))]
     chosen = prompts(arguments.prompts)
     for case in cases:
         for group in arguments.groups:
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="per group; 40 are all")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--matrix", action="store_true", help="every drafter × chain/tree × batch × penalty × stop")
+    parser.add_argument("--trained", nargs="+", default=[], help="outputs of convert, whose drafters join the matrix")
     parser.add_argument("--together", type=int, default=1, help="prompts that Hugging Face's generate is given at once")
     parser.add_argument(
         "--compiled",
@@ -184,7 +186,7 @@ def main() -> None:
         name = f"{name} | {arguments.tokens} tokens"
         if name in known:
             continue
-        comparison = comparison or Comparison(arguments.tokens, arguments.compiled)
+        comparison = comparison or Comparison(arguments.tokens, arguments.compiled, arguments.trained)
         known[name] = comparison.verdicts(texts, case)
         if arguments.results is not None:
             with arguments.results.open("a", encoding="utf-8") as file:

@@ -10,7 +10,14 @@ from subquad.ir.loop_rewrite import LOOP, LoopRewrite
 from subquad.ir.plan import Plan
 from subquad.passes.speculate.speculate import Speculate
 
-OURS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "online_update_interval")
+OURS = (
+    "method",
+    "num_speculative_tokens",
+    "prompt_lookup_max",
+    "prompt_lookup_min",
+    "online_update_interval",
+    "confidence",
+)
 LOOKUP = "prompt_lookup_num_tokens"
 NGRAM = "max_matching_ngram_size"
 PLAIN = "none"

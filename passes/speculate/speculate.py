@@ -8,7 +8,7 @@ The default drafter unites a suffix automaton over the sequence with Token Recyc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, Self
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from subquad.passes.speculate.draft_heads import DraftHeads
 from subquad.passes.speculate.falcon import Falcon
 from subquad.passes.speculate.head_drafts import HeadDrafter
 from subquad.passes.speculate.hydra import Hydra
+from subquad.passes.speculate.kangaroo import Kangaroo
 from subquad.passes.speculate.layer_skip import LayerSkip
 from subquad.passes.speculate.medusa import Medusa
 from subquad.passes.speculate.online_distillation import OnlineDistillation
@@ -40,13 +41,16 @@ class Speculate(LoopRewrite):
 
     method: "auto" (suffix automaton, Token Recycling, and what was trained for the model), "suffix", "ngram" (prompt lookup),
     "recycling", "trigram", "layer_skip" (the model itself without some of its blocks), or what `convert` trains: "medusa",
-    "hydra", "chimera", "falcon" or "ppd" (prompt tokens).
+    "hydra", "chimera", "falcon", "ppd" (prompt tokens) or "kangaroo" (the model's first blocks and
+    an adapter).
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
     draft_block: tokens that "falcon" guesses in one of its passes (paper: 2 to 4).
     prompt_copies, prompt_mask: of every prompt token of "ppd", how many whose guesses are averaged, and what each sees of the
     others: "ensemble", "decoder" or "encoder"; see prompt_tokens.MASKS.  These three are settled when the drafter is trained.
     online_update_interval: rejected guesses after which trained heads learn from them (OSD, 2310.07177); 0: they stay.
+    early_exit: blocks behind which the drafter that `convert` trains leaves the model; 0: the paper's.
+    confidence: a chain that the model drafts itself ends behind a token less likely than this; None: the paper's.
     """
 
     name: ClassVar[str] = "speculate"
@@ -62,6 +66,8 @@ class Speculate(LoopRewrite):
     draft_block: int = 2
     prompt_copies: int = 1
     prompt_mask: str = "ensemble"
+    early_exit: int = 0
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in KNOWN:
@@ -80,6 +86,12 @@ class Speculate(LoopRewrite):
             raise ValueError(f"the prompt_mask {self.prompt_mask!r} is unknown; known: {', '.join(MASKS)}.")
         if self.online_update_interval < 0:
             raise ValueError(f"online_update_interval is {self.online_update_interval}; it must be 0 or more.")
+        if self.early_exit < 0:
+            raise ValueError(f"early_exit is {self.early_exit}; it must be 0 or more.")
+        if self.confidence is not None and self.method not in SURE:
+            raise ValueError(f"{self.method!r} has no confidence; {', '.join(SURE)} have.")
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence is {self.confidence}; it must lie between 0 and 1.")
 
     @property
     def trains(self) -> str | None:
@@ -89,8 +101,10 @@ class Speculate(LoopRewrite):
     def drafter(self, trained: Trained = NOTHING) -> Drafter:
         """A drafter that has learnt nothing yet beyond what was trained."""
         if self.method in TRAINED:
-            return trained_drafter(self.method, trained, self.online_update_interval)
-        return METHODS[self.method](self, trained)
+            made = trained_drafter(self.method, trained, self.online_update_interval)
+        else:
+            made = METHODS[self.method](self, trained)
+        return made if self.confidence is None else replace(made, confidence=self.confidence)  # type: ignore[type-var]
 
 
 class TrainedPart(Protocol):
@@ -111,7 +125,10 @@ class TrainedPart(Protocol):
 
 HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra)}
 """Heads that read the last hidden state and the tokens behind it, by the word for them."""
-TRAINED: dict[str, type[TrainedPart]] = {**HEADS, **{kind.name: kind for kind in (Chimera, Falcon, PromptTokens)}}
+TRAINED: dict[str, type[TrainedPart]] = {
+    **HEADS,
+    **{kind.name: kind for kind in (Chimera, Falcon, PromptTokens, Kangaroo)},
+}
 """All that `convert` trains, by the word for it."""
 
 
@@ -146,4 +163,6 @@ METHODS: dict[str, Callable[[Speculate, Trained], Drafter]] = {
     "layer_skip": lambda knobs, _: LayerSkip(tokens=min(LayerSkip.tokens, knobs.num_speculative_tokens)),
 }
 """Ways to draft that need no training."""
+SURE = ("layer_skip", "kangaroo")
+"""Those whose chains end by how sure the drafter is."""
 KNOWN = tuple(sorted((*METHODS, *TRAINED)))

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from subquad.decoder import Decoder
+from subquad.ir.errors import ConversionError
 from subquad.passes.speculate.chimera import Chimera
 from subquad.passes.speculate.falcon import Falcon
+from subquad.passes.speculate.kangaroo import Kangaroo
 from subquad.passes.speculate.prompt_tokens import PromptTokens
 from subquad.passes.speculate.speculate import HEADS, Speculate, TrainedPart
 from subquad.training.context_lessons import glancing, imitation
 from subquad.training.foretold import Foretold
 from subquad.training.heads import LEVELS, WIDTH, WORDS, HeadTraining, frequent
+from subquad.training.kangaroo import KangarooTraining
 from subquad.training.prompt_tokens import PromptTokenTraining, entry_width
 from subquad.training.sequences import SequenceTraining
 
@@ -24,6 +27,8 @@ AHEAD = 3
 """Prompt tokens (PPD, §5)."""
 APART = 1e-3
 """Spread of several copies of them at first, so that they can come to differ."""
+EXIT = 2
+"""Blocks in front of Kangaroo's adapter (paper, for 32 layers)."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,30 @@ def _ppd(material: Material, seed: int) -> DrafterTraining:
     return PromptTokenTraining(material.decoder, material.head, part, text, seed)
 
 
+def _kangaroo(material: Material, seed: int) -> DrafterTraining:
+    blocks = material.loop.early_exit or min(EXIT, _blocks(material) - 1)
+    if not 0 < blocks < _blocks(material):
+        raise ConversionError(
+            f"a kangaroo drafter leaves the model behind block {blocks}, but its decoder has {_blocks(material)} that can be run "
+            "apart; choose another early_exit or another method."
+        )
+    part = Kangaroo(material.head.shape[1], _sizes(material)[1], torch.tensor([blocks]))
+    readout = material.decoder.engine.readout
+    assert readout is not None
+    part.begin(material.head, readout.reads)
+    return KangarooTraining(part, material.decoder, material.text, seed)
+
+
+def _blocks(material: Material) -> int:
+    """Blocks of the decoder that can run apart from the others; none where states are recurrent."""
+    return material.decoder.blocks if material.decoder.trees else 0
+
+
 RECIPES: dict[str, Recipe] = {
     **{name: _heads(name) for name in HEADS},
     "chimera": _chimera,
     "falcon": _falcon,
     "ppd": _ppd,
+    "kangaroo": _kangaroo,
 }
 """By the word for the drafter; its keys are those of speculate.TRAINED."""
