@@ -21,7 +21,7 @@ import trained_drafters
 
 import subquad
 from subquad.ir.decoding import Choice, Drafter
-from subquad.passes.speculate.speculate import METHODS, Speculate
+from subquad.passes.speculate.speculate import METHODS, TRAINED, Speculate
 from subquad.runtime.chance import TorchChance
 from subquad.runtime.pacing import FixedPacing
 from subquad.runtime.speculation import Ending
@@ -221,7 +221,10 @@ def main() -> None:
     parser.add_argument(
         "--heads", nargs="+", default=(), metavar="OUT", help="what `subquad convert` wrote, for `trained`"
     )
-    parser.add_argument("--train-tokens", type=int, default=200_000, help="to train on, where no --heads are given")
+    parser.add_argument("--train-tokens", type=int, default=30_000, help="to train on, where no --heads are given")
+    parser.add_argument("--drafters", nargs="+", choices=sorted(TRAINED), default=tuple(TRAINED), help="for `trained`")
+    parser.add_argument("--united", action="store_true", help="`trained` also unites each with the untrained default")
+    parser.add_argument("--results", type=Path, help="a file of `trained`'s runs: what is in it is not run again")
     parser.add_argument("what", nargs="+", choices=("speed", "accepted", "cost", "trained"))
     arguments = parser.parse_args()
     print(machine.line())
@@ -236,7 +239,11 @@ def main() -> None:
         accepted(setup, chosen, arguments.tokens, arguments.methods, arguments.rows)
     if "trained" in arguments.what:
         rows = [width for width in arguments.rows if width > 1]
-        trained_drafters.compare(setup, chosen, arguments.tokens, rows, arguments.train_tokens, arguments.heads)
+        if arguments.heads:
+            trained = trained_drafters.stored(arguments.heads)
+        else:
+            trained = trained_drafters.train(arguments.train_tokens, arguments.drafters)
+        trained_drafters.compare(setup, chosen, arguments.tokens, rows, trained, arguments.results, arguments.united)
 
 
 if __name__ == "__main__":

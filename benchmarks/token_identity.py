@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import machine
 import torch
 from speculate import GROUPS, Setup, prompts
-from trained_drafters import stored
+from trained_drafters import stored, train
 from transformers import AutoModelForCausalLM
 
 import subquad
-from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, Verified
+from subquad.ir.decoding import AcceptanceRule, Choice, Drafter, Drafting, ReadingDrafting, SelfDrafting, Verified
 from subquad.ir.draft import DraftTree
-from subquad.passes.speculate.speculate import METHODS, Speculate
+from subquad.ir.trained import NOTHING, Trained
+from subquad.passes.speculate.speculate import METHODS, TRAINED, Speculate
 from subquad.runtime.chance import TorchChance
 from subquad.runtime.pacing import FixedPacing
 from subquad.runtime.processors import processors
@@ -64,7 +65,15 @@ class Chains:
 class ChainDrafting:
     """One sequence of it."""
 
-    whole: Drafting
+    whole: Any
+
+    def attach(self, own: Any) -> None:
+        if isinstance(self.whole, SelfDrafting):
+            self.whole.attach(own)
+
+    def read(self, hidden: torch.Tensor) -> None:
+        if isinstance(self.whole, ReadingDrafting):
+            self.whole.read(hidden)
 
     def propose(self, rows: int, depth: int) -> DraftTree:
         return self.whole.propose(rows, depth).first_path()
@@ -79,9 +88,9 @@ DEFAULT = Case("auto", "tree", 1, 1.0, False)
 class Comparison:
     """Both sides, and a judge that is loaded when they differ."""
 
-    def __init__(self, count: int, compiled: bool, trained: Sequence[str]) -> None:
+    def __init__(self, count: int, compiled: bool, trained: Trained) -> None:
         self.setup, self.count, self.compiled = Setup(torch.float32, compiled), count, compiled
-        self.setup.decoder.trained = stored(trained)
+        self.setup.decoder.trained = trained
         self.tokenizer = self.setup.tokenizer
         self.tokenizer.padding_side, self.tokenizer.pad_token = "left", self.tokenizer.eos_token
         self._drafters: dict[str, Any] = {}
@@ -113,7 +122,10 @@ class Comparison:
         ]
 
     def _ours(self, ids: torch.Tensor, mask: torch.Tensor, case: Case, ends: Sequence[int]) -> list[list[int]]:
-        drafter = self._drafters.setdefault(case.method, self.setup.decoder.drafter(Speculate(method=case.method)))
+        if case.method not in self._drafters:
+            trained = self.setup.decoder.trained if case.method in TRAINED else NOTHING
+            self._drafters[case.method] = Speculate(method=case.method).drafter(trained)
+        drafter = self._drafters[case.method]
         drafter = Chains(drafter) if case.shape == "chain" else drafter
         choice = Choice(processors(repetition_penalty=case.penalty), True, TorchChance())
         rows: list[list[int]] = [[] for _ in range(len(ids))]
@@ -150,7 +162,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str], Case]]
     """(name, texts, case) of everything that was asked for, in a fixed order."""
     cases: list[Case] = [DEFAULT]
     if arguments.matrix:
-        methods = sorted({*METHODS, *stored(arguments.trained).parameters})
+        methods = sorted({*METHODS, *(TRAINED if arguments.train_tokens else stored(arguments.trained).parameters)})
         cases = [Case(*c) for c in itertools.product(methods, ("chain", "tree"), (1, 4), (1.0, 1.2), (False, True))]
     chosen = prompts(arguments.prompts)
     for case in cases:
@@ -167,6 +179,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="per group; 40 are all")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--matrix", action="store_true", help="every drafter × chain/tree × batch × penalty × stop")
+    parser.add_argument("--train-tokens", type=int, default=0, help="every trained drafter joins, trained on so many")
     parser.add_argument("--trained", nargs="+", default=[], help="outputs of convert, whose drafters join the matrix")
     parser.add_argument("--together", type=int, default=1, help="prompts that Hugging Face's generate is given at once")
     parser.add_argument(
@@ -186,7 +199,9 @@ def main() -> None:
         name = f"{name} | {arguments.tokens} tokens"
         if name in known:
             continue
-        comparison = comparison or Comparison(arguments.tokens, arguments.compiled, arguments.trained)
+        if comparison is None:
+            trained = train(arguments.train_tokens) if arguments.train_tokens else stored(arguments.trained)
+            comparison = Comparison(arguments.tokens, arguments.compiled, trained)
         known[name] = comparison.verdicts(texts, case)
         if arguments.results is not None:
             with arguments.results.open("a", encoding="utf-8") as file:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,21 @@ def convert(
     records: list[dict[str, Any]] = []
     view: TrainingModel | None = None
     drafter = trained_drafter(record)
-    if drafter is None or any(taken.call.parameters for taken in record.replacements):
-        rest = tokens if drafter is None else tokens - tokens // DRAFTER_SHARE
-        share = Settings(tokens=rest) if settings is None else replace(settings, tokens=rest)
-        view, records = _convert_sites(fast, record, text, tokenizer, measure_on, share, target)
-        account = {"settings": share.json()}
-    if drafter is not None:
-        part, seed = (tokens if view is None else tokens // DRAFTER_SHARE), (0 if settings is None else settings.seed)
-        weights = _weights_digest(fast)
-        records.append(convert_drafter(fast, Path(text), part, target, codec=tokenizer, model=weights, seed=seed))
-    record.report.conversion = records
-    save(fast, target, overwrite)
+    with _as_before(record) as kept:
+        if drafter is None or any(taken.call.parameters for taken in record.replacements):
+            rest = tokens if drafter is None else tokens - tokens // DRAFTER_SHARE
+            share = Settings(tokens=rest) if settings is None else replace(settings, tokens=rest)
+            view, records = _convert_sites(fast, record, text, tokenizer, measure_on, share, target, kept)
+            account = {"settings": share.json()}
+        if drafter is not None:
+            part, seed = (
+                (tokens if view is None else tokens // DRAFTER_SHARE),
+                (0 if settings is None else settings.seed),
+            )
+            weights = _weights_digest(fast)
+            records.append(convert_drafter(fast, Path(text), part, target, codec=tokenizer, model=weights, seed=seed))
+        record.report.conversion = records
+        save(fast, target, overwrite)
     (target / "conversion.json").write_text(json.dumps({**account, "stages": records}, indent=1), encoding="utf-8")
     if view is not None and view.adapters is not None:
         view.adapters.save(target / "adapter")
@@ -98,11 +103,33 @@ def convert(
     return fast
 
 
+Values = list[tuple[nn.Parameter, torch.Tensor]]
+"""Parameters with the values they had."""
+
+
+@contextmanager
+def _as_before(record: Rewritten) -> Iterator[Values]:
+    """When something is raised inside, the parameters that were put on the list get their values back, the record its own."""
+    kept: Values = []
+    trained, account = record.trained, record.report.conversion
+    try:
+        yield kept
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+        record.trained, record.report.conversion = trained, account
+        raise
+
+
 def _convert_sites(
     fast: nn.Module, record: Rewritten, text: str | Path, tokenizer: Any, measure_on: Sequence[str | Path],
-    settings: Settings, target: Path,
+    settings: Settings, target: Path, kept: Values,
 ) -> tuple[TrainingModel, list[dict[str, Any]]]:  # fmt: skip
-    """Train the parameters of rewritten attention; returns the view with its merged adapters, and what was measured."""
+    """Train the parameters of rewritten attention; returns the view with its merged adapters, and what was measured.
+
+    kept: receives the values of what is changed.
+    """
     corpus = read_corpus(text, tokenizer, settings.used_tokens, 0 if measure_on else settings.held_out)
     _check_ids(fast, corpus)
     texts = {Path(text).name: corpus.held_out}
@@ -127,6 +154,10 @@ def _convert_sites(
     finished = False
     try:
         records = _train(view, settings, corpus.training, texts, checkpoint, stored)
+        kept += [(p, before[name]) for site in view.sites for name, p in site.parameters.items()]
+        if view.adapters is not None:
+            weights = [layer.get_base_layer().weight for layer in view.adapters.layers.values()]
+            kept += [(weight, weight.detach().clone()) for weight in weights]
         _merge(view, settings, texts, records)
         finished = True
     finally:

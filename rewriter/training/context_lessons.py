@@ -18,7 +18,7 @@ IMITATED = 0.1
 def imitation(heads: Chimera) -> Lesson:
     """Every level's cross-entropy, and how far the context layer is from what the model's head read (Chimera, §3.3)."""
 
-    def lesson(texts: Texts, done: float) -> dict[str, Tensor]:
+    def lesson(texts: Texts, done: float, source: torch.Generator) -> dict[str, Tensor]:
         fast = heads.along(texts.hidden, texts.ids)
         read = F.linear(texts.hidden, heads.narrow)
         size = read[texts.real].square().mean()
@@ -45,17 +45,16 @@ FIRST, LAST = 0.4, 0.0
 """Share of the wrong rows that are shown at first and at last (Falcon, §3.2)."""
 
 
-def glancing(heads: Falcon, head: Tensor, seed: int = 0) -> Lesson:
+def glancing(heads: Falcon, head: Tensor) -> Lesson:
     """Coupled sequential glancing distillation (Falcon, §3.2); head: the weight [V, d] of the model's head of logits.
 
     A first pass counts the rows whose guess is wrong.  Before the second one a falling share of so many rows, block by block, is
     replaced by what it should foresee, the token and what was read together, so that hard texts begin easy; the loss is that of
     the other rows.
     """
-    source = torch.Generator().manual_seed(seed)
     known = head.detach()[heads.ids].float()
 
-    def lesson(texts: Texts, done: float) -> dict[str, Tensor]:
+    def lesson(texts: Texts, done: float, source: torch.Generator) -> dict[str, Tensor]:
         k = heads.k
         noise = NOISE * 512 / texts.hidden.shape[-1] * (torch.rand(texts.hidden.shape, generator=source) - 0.5)
         hidden, tokens = texts.hidden + noise, texts.ids.roll(-1, 1)

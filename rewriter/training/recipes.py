@@ -94,7 +94,7 @@ def _chimera(material: Material, seed: int) -> DrafterTraining:
 
 def _falcon(material: Material, seed: int) -> DrafterTraining:
     heads = Falcon(*_sizes(material), LEVELS, material.loop.draft_block).fitted(material.head)
-    return SequenceTraining(heads, material.text, glancing(heads, material.head, seed), seed)
+    return SequenceTraining(heads, material.text, glancing(heads, material.head), seed)
 
 
 def _ppd(material: Material, seed: int) -> DrafterTraining:

@@ -44,15 +44,15 @@ class Texts:
         return moved, real & self.learnt & (moved >= 0)
 
 
-Lesson = Callable[[Texts, float], dict[str, Tensor]]
-"""(texts, share of the training that is done) → losses by name, of which "loss" is what is learnt."""
+Lesson = Callable[[Texts, float, torch.Generator], dict[str, Tensor]]
+"""(texts, share of the training that is done, chance) → losses by name, of which "loss" is what is learnt."""
 
 
 class SequenceTraining:
     """Batches of texts, in another order in every epoch."""
 
     def __init__(self, heads: ContextHeads, text: Foretold, lesson: Lesson, seed: int = 0) -> None:
-        self.heads, self.text, self.lesson = heads, text, lesson
+        self.heads, self.text, self.lesson, self.seed = heads, text, lesson, seed
         found = [slice(max(s.start, s.stop - REACH), s.stop) for s in text.sequences() if s.stop - s.start > 2]
         held = max(1, int(len(found) * HELD_OUT)) if len(found) > 1 else 0
         self.training, self.held_out = found[: len(found) - held], found[len(found) - held :]
@@ -79,7 +79,8 @@ class SequenceTraining:
         for group in self.optimiser.param_groups:
             group["lr"] = RATE * cosine(number, self.batches, 20, 0.02)
         with torch.enable_grad():
-            losses = self.lesson(self.texts(chosen), number / self.batches)
+            chance = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            losses = self.lesson(self.texts(chosen), number / self.batches, chance)
             self.optimiser.zero_grad()
             losses["loss"].backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
