@@ -22,13 +22,11 @@ from subquad.ir.report import Report
 from subquad.ir.rewrite import Rewrite
 from subquad.pass_spec import parse_passes, parse_request
 from subquad.passes.canonicalize.autocast import autocast_written_out
-from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
-from subquad.passes.canonicalize.joined_axes import axes_joined
 from subquad.passes.canonicalize.lifted_numbers import read_lifted_numbers
 from subquad.passes.canonicalize.mapped import vmap_written_out
-from subquad.passes.canonicalize.partial_sums import parts_added_whole
+from subquad.passes.canonicalize.plain import made_plain
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
 from subquad.passes.canonicalize.torch_layers import kept_layers, layers_written_out
@@ -210,10 +208,7 @@ def canonical_graph(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         copied.output(copied.graph_copy(graph.graph, {}))
         made = torch.fx.GraphModule(graph, copied)
     read_lifted_numbers(made)
-    without_empty_parts(made)
-    parts_added_whole(made)
-    axes_joined(made)
-    tidy(made)
+    made_plain(made)
     return made
 
 

@@ -17,13 +17,10 @@ from subquad.captured import Capture, ProgramModule
 from subquad.functional_graph import functional_program, holds_modes
 from subquad.ir.errors import CaptureError
 from subquad.ir.graph import attribute, hang, source_of
-from subquad.passes.canonicalize.empty_parts import without_empty_parts
 from subquad.passes.canonicalize.flex_attention import flex_written_out
 from subquad.passes.canonicalize.functional import functional
-from subquad.passes.canonicalize.joined_axes import axes_joined
-from subquad.passes.canonicalize.partial_sums import parts_added_whole
+from subquad.passes.canonicalize.plain import made_plain
 from subquad.passes.canonicalize.regions import inlined
-from subquad.passes.canonicalize.tidy import tidy
 from subquad.passes.canonicalize.torch_layers import layers_written_out
 
 CONSTANTS = "_subquad_constants"
@@ -102,10 +99,7 @@ def from_exported_program(
         if node.target is torch.ops.aten.view.default:
             # decomposition makes views that hold for the example's strides only
             node.target = torch.ops.aten.reshape.default
-    without_empty_parts(module)
-    parts_added_whole(module)
-    axes_joined(module)
-    tidy(module)
+    made_plain(module)
     result = Capture(module, owner, tuple(inputs), "aten", example, constants, out_spec, guards=guards)
     if isinstance(owner, ProgramModule):
         owner.__dict__["_subquad_program"] = result

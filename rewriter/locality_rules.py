@@ -268,6 +268,7 @@ def _index(proof: Locality, node: Node) -> None:
 
 RULES = {
     **dict.fromkeys(("to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy"), _keep),
+    "type_as": _keep,
     **dict.fromkeys(("relu", "gelu", "silu", "softplus", "tanh", "sigmoid", "relu6", "elu", "selu", "mish"), _keep),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "hardswish"), _keep),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax", "cumsum", "argmax"), _reduce),

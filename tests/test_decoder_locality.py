@@ -154,3 +154,30 @@ def test_position_tables_limit_the_length() -> None:
 )  # fmt: skip
 def test_causality_is_read_from_the_predicate(mask: str, causal: bool) -> None:
     assert implies_causal(mask) is causal
+
+
+def test_a_cast_to_the_type_of_another_tensor_is_local_and_stored() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from subquad.runtime.graph_file import read_graph, write_graph
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    model = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=64, num_key_value_heads=2, sliding_window=6, pad_token_id=0, **sizes)
+    ).eval()
+    ids = torch.randint(2, 64, (2, 9))
+    want = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[:, 9:]
+    fast = subquad.rewrite(model, passes=["fuse"])
+    got = torch.tensor(list(decoder(fast).generate(ids, max_new_tokens=12))).T
+    assert torch.equal(got, want)
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    graph.output(graph.call_function(torch.ops.aten.type_as.default, (x, y)))
+    assert str(read_graph(write_graph(graph))) == str(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from written import (
+    by_rows,
     cached,
     counted_masks,
     decoders,
@@ -39,6 +40,7 @@ SCHOOLS = {
     "masks": counted_masks.CASES,
     "wrapped": wrapped.CASES,
     "linear time": linear_time.CASES,
+    "by rows": by_rows.CASES,
     "none": not_attention.CASES,
 }
 BOTH = frozenset(

@@ -47,13 +47,13 @@ class _Writes:
         if ends is None or dtype_of(written) != dtype_of(node):
             return None
         if ends == (0, None):
-            return _uncut(written)
+            return uncut(written)
         root, ranges = self._cut(x)
         if dim in ranges:
             return None
         place = root, ranges | {dim: ends}
         if self._cut(written) == place:
-            return _uncut(x)
+            return uncut(x)
         if kind(written) not in ("add", "sub"):
             return None
         b = arguments(written)
@@ -62,7 +62,7 @@ class _Writes:
         other = b["b"] if part is b["a"] else b["a"]
         if part is None or not isinstance(other, Node) or dtype_of(other) != dtype_of(node):
             return None
-        made = _sum(node, written, _uncut(x), other, dim, ends, b["alpha"])
+        made = _sum(node, written, uncut(x), other, dim, ends, b["alpha"])
         if made is not None:
             self.held[written] = made, {dim: ends}
         return made
@@ -72,7 +72,7 @@ class _Writes:
         ranges: Ranges = {}
         while True:
             node = _same_content(node)
-            here = self.held[node][1] if node in self.held else _ranges(node)
+            here = self.held[node][1] if node in self.held else ranges_of(node)
             if here is None or here.keys() & ranges.keys():
                 return node, ranges
             ranges |= here
@@ -119,14 +119,14 @@ def _spread(node: Node, other: Node, dim: int, wide: Any) -> Node | None:
     return emit(node, aten.expand.default, other, sizes)
 
 
-def _uncut(node: Node) -> Node:
+def uncut(node: Node) -> Node:
     """The same content without slices that cut nothing off."""
-    while _ranges(node) == {}:
+    while ranges_of(node) == {}:
         node = arguments(node)["x"]
     return node
 
 
-def _ranges(node: Any) -> Ranges | None:
+def ranges_of(node: Any) -> Ranges | None:
     """The ranges that one slice, or one index of slices alone, cuts out; None for any other operation."""
     name = kind(node)
     if name not in ("slice", "getitem"):

@@ -18,7 +18,7 @@ NUMBERS = {
 }
 FORMS = {f"few_tokens.{name}": getattr(few_tokens, name) for name in few_tokens.FORMS}
 ATEN = frozenset({
-    "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "zeros_like", "ones_like", "full_like",
+    "to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "dropout", "zeros_like", "ones_like", "full_like",
     "mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax", "cumsum", "layer_norm", "rms_norm", "view",
     "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "mT", "full", "ones", "zeros",
     "new_ones", "new_zeros", "new_full", "scalar_tensor", "split", "split_with_sizes", "chunk", "unbind", "linear",
