@@ -1,11 +1,13 @@
-"""The body of a greedy `while_loop` with a draft in it: one pass over the buffer, then as many of the loop's own steps as held.
+"""The body of a `while_loop` with a draft in it: one pass over the drafted tokens, then as many of the loop's own steps as held.
 
 Each step is the original body's, on the logits of that one pass; a step is taken while the tokens before it came out as drafted
-and the loop's own condition holds, so that buffer, counter, flags and stops are the original's (greedy verification, R0).
+and the loop's own condition holds.  So buffer, counter, flags and stops are the original's, and because only the steps that are
+taken draw, in order, so are its random numbers (sample and descend, which for argmax is greedy verification).
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +16,10 @@ import torch.fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from subquad.ir.graph import ancestors, value_of
+from subquad.ir.graph import value_of
 from subquad.ir.refusal import Refusal
 from subquad.passes.recognize.loop_carried import Carried
+from subquad.passes.speculate.carried_pass import Part, committing, draws, example, model_part, wide_pass
 
 Node = torch.fx.Node
 LONGEST = 3
@@ -54,76 +57,125 @@ def came_true(buffer: Tensor, guessed: Tensor, place: Tensor) -> Tensor:
 
 def drafting_body(found: Carried, depth: int) -> torch.fx.GraphModule | Refusal:
     """The body that takes up to depth + 1 steps an iteration; a Refusal when the model cannot be told from the rest of it."""
+    part = model_part(found)
+    if isinstance(part, Refusal):
+        return part
     body = found.body
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    why = _model_part(found)
-    if isinstance(why, Refusal):
-        return why
-    model = why
-    example = [_example(n) for n in placeholders]
     graph = torch.fx.Graph()
     names = {old: _typed(graph.placeholder(old.name), old) for old in placeholders}
-    carried, fixed = list(found.inputs), placeholders[len(found.inputs) :]
-    at, held = carried.index(found.counter), carried.index(found.buffer)
-    buffer, counter = example[placeholders.index(found.buffer)], example[placeholders.index(found.counter)]
-    room = buffer.shape[1]
+    buffer, counter = example(found.buffer), example(found.counter)
     (guessed,) = _traced(
-        graph, lambda b, c: drafted(b, c, depth), (buffer, counter), [names[carried[held]], names[carried[at]]]
+        graph, lambda b, c: drafted(b, c, depth), (buffer, counter), [names[found.buffer], names[found.counter]]
     )
-    shared = _copied(graph, model, {**names, found.buffer: guessed})
-    glue = [n for n in body.graph.nodes if n.op not in ("placeholder", "output") and n not in set(model)]
-
-    def step(state: Sequence[Node]) -> list[Node]:
-        known = {**names, **shared, **dict(zip(carried, state, strict=True))}
-        copies = _copied(graph, glue, known)
-        return [copies.get(out) or known[out] for out in found.outputs]
-
-    state, place = step([names[n] for n in carried]), names[carried[at]]
-    taken: Node | None = None
-    for _ in range(depth):
-        (true,) = _traced(graph, came_true, (buffer, buffer, counter), [state[held], guessed, place])
-        goes_on = _inlined(graph, found.condition, [*state, *(names[n] for n in fixed)])[0]
-        (inside, place) = _traced(graph, lambda c: ((c < room).all(), c.clamp(max=room - 1)), (counter,), [state[at]])
-        taken = _all(graph, [n for n in (taken, true, goes_on, inside) if n is not None])
-        after = step([place if n == at else one for n, one in enumerate(state)])
-        state = [_where(graph, taken, new, old) for new, old in zip(after, state, strict=True)]
-    graph.output(tuple(state))
+    try:
+        shared, caches = _one_pass(graph, found, part, depth, guessed, names)
+    except RuntimeError as error:
+        return found.refuse(
+            "speculate", f"the model cannot be run on several tokens at once ({str(error).splitlines()[0]})."
+        )
+    cached = {old for old, _ in found.caches}
+    stepping = [(old, new) for old, new in zip(found.inputs, found.outputs, strict=True) if old not in cached]
+    fixed = placeholders[len(found.inputs) :]
+    given = [guessed, names[found.counter], *(shared[n] for n in part.read), *(names[n] for n in fixed)]
     made = torch.fx.GraphModule(body, graph)
+    made.add_module("going", _going(len(stepping), len(given)))
+    made.add_module("step", _step(found, part, stepping, fixed, depth))
+    (going,) = _traced(graph, lambda c: torch.ones_like(c, dtype=torch.bool).all(), (counter,), [names[found.counter]])
+    arguments = (
+        graph.get_attr("going"),
+        graph.get_attr("step"),
+        (*(names[old] for old, _ in stepping), going),
+        tuple(given),
+    )
+    ended = graph.call_function(torch.ops.higher_order.while_loop, arguments)
+    after = {old: graph.call_function(operator.getitem, (ended, n)) for n, (old, _) in enumerate(stepping)}
+    for old, new in found.caches:
+        values = (example(old), example(old), counter, counter)
+        nodes = [names[old], caches[new], names[found.counter], after[found.counter]]
+        (after[old],) = _traced(graph, committing(found, old, new), values, nodes)
+    graph.output(tuple(after[old] for old in found.inputs))
     graph.lint()
+    made.recompile()
     return made
 
 
-def _model_part(found: Carried) -> list[Node] | Refusal:
-    """The nodes up to the logits: they read the buffer and what is fixed, and of them only the row is read behind."""
-    assert found.row is not None
-    logits = next((n for n in found.row.all_input_nodes if found.counter not in ancestors([n])), None)
-    moving = (
-        set(found.inputs)
-        - {found.buffer}
-        - {i for i, o in zip(found.inputs, found.outputs, strict=True) if _kept(i, o)}
+def _one_pass(
+    graph: torch.fx.Graph, found: Carried, part: Part, depth: int, guessed: Node, names: Mapping[Node, Node]
+) -> tuple[dict[Node, Node], dict[Node, Node]]:
+    """What the rest of the body reads of one pass over all tokens, and the caches behind it."""
+    if found.feed is None:
+        copies = _copied(graph, part.nodes, {**names, found.buffer: guessed})
+        return {n: copies[n] for n in part.read}, {}
+    placeholders = list(names)
+    values = [value_of(n).clone() for n in (found.buffer, *placeholders)]
+    traced = make_fx(wide_pass(found, part, depth))(*values)
+    made = _inlined(graph, traced, [guessed, *names.values()])
+    count = len(part.read)
+    return dict(zip(part.read, made[:count], strict=True)), dict(
+        zip((new for _, new in found.caches), made[count:], strict=True)
     )
-    part = [] if logits is None else [n for n in ancestors([logits]) if n.op != "placeholder"]
-    if logits is None or moving & set(ancestors([logits])):
-        return Refusal(
-            found.node.name, "speculate", "the model reads the counter or a flag, not the buffer alone.", kind="loop"
-        )
-    inside = set(part)
-    for node in part:
-        outside = [user for user in node.users if user not in inside]
-        if outside and found.buffer in ancestors([node]) and (node is not logits or outside != [found.row]):
-            return Refusal(
-                found.node.name,
-                "speculate",
-                f"`{node.name}` of the model is read beside the row of logits.",
-                kind="loop",
-            )
-    return part
 
 
-def _kept(old: Node, new: Node) -> bool:
-    while new is not old and new.op == "call_function" and len(new.all_input_nodes) == 1:
-        new = new.all_input_nodes[0]
-    return new is old
+def _going(carried: int, fixed: int) -> torch.fx.GraphModule:
+    """The condition of the steps: the last thing that they carry."""
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(f"arg{n}") for n in range(carried + 1 + fixed)]
+    graph.output(graph.call_function(torch.ops.aten.clone.default, (inputs[carried],)))
+    return torch.fx.GraphModule({}, graph)
+
+
+def _step(
+    found: Carried, part: Part, stepping: Sequence[tuple[Node, Node]], fixed: Sequence[Node], depth: int
+) -> torch.fx.GraphModule:
+    """One step of the loop's own body behind the model, on (state, going, guessed, first counter, what was read, fixed)."""
+    graph, room = torch.fx.Graph(), value_of(found.buffer).shape[1]
+    names = {old: _typed(graph.placeholder(old.name), old) for old, _ in stepping}
+    graph.placeholder("going")
+    guessed, start = graph.placeholder("guessed"), graph.placeholder("start")
+    rows = {n: graph.placeholder(f"rows_of_{n.name}") for n in part.read}
+    names |= {old: _typed(graph.placeholder(f"fixed_{old.name}"), old) for old in fixed}
+    place, counter, buffer = names[found.counter], example(found.counter), example(found.buffer)
+    if found.feed is not None:
+        for node, wide in rows.items():
+            values = (torch.zeros(depth + 1, *value_of(node).shape, dtype=value_of(node).dtype), counter, counter)
+            (rows[node],) = _traced(graph, row_of, values, [wide, place, start])
+    glue = _rest(found, part, [new for _, new in stepping])
+    copies = _copied(graph, glue, {**names, **rows})
+    known = {**names, **rows, **copies}
+    state = [known[new] for _, new in stepping]
+    after = dict(zip((old for old, _ in stepping), state, strict=True))
+    (true,) = _traced(graph, came_true, (buffer, buffer, counter), [after[found.buffer], guessed, place])
+    outer = [known.get(old, place) if old not in after else after[old] for old in found.inputs]
+    goes_on = _inlined(graph, found.condition, [*outer, *(names[n] for n in fixed)])[0]
+    (more,) = _traced(
+        graph,
+        lambda c, first: (c < room).all() & (c <= first + depth).all(),
+        (counter, counter),
+        [after[found.counter], start],
+    )
+    going = graph.call_function(torch.ops.aten.logical_and.default, (true, more))
+    going = graph.call_function(torch.ops.aten.logical_and.default, (going, goes_on))
+    graph.output((*state, going))
+    graph.lint()
+    return torch.fx.GraphModule(found.body, graph)
+
+
+def _rest(found: Carried, part: Part, wanted: Sequence[Node]) -> list[Node]:
+    """The body's nodes outside the model's part that its outputs need or that draw random numbers."""
+    inside, needed = set(part.nodes), set()
+    stack = [*wanted, *(n for n in found.body.graph.nodes if draws(n))]
+    while stack:
+        node = stack.pop()
+        if node.op != "placeholder" and node not in inside and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in found.body.graph.nodes if n in needed]
+
+
+def row_of(wide: Tensor, counter: Tensor, start: Tensor) -> Tensor:
+    """The value at the counter of what was computed for all tokens from `start` on."""
+    return wide.index_select(0, (counter - start).reshape(1)).squeeze(0)
 
 
 def _copied(graph: torch.fx.Graph, nodes: Sequence[Node], known: Mapping[Node, Node]) -> dict[Node, Node]:
@@ -151,22 +203,6 @@ def _traced(
     return _inlined(graph, make_fx(function, pre_dispatch=True)(*(x.clone() for x in example)), arguments)
 
 
-def _example(node: Node) -> Tensor:
-    value = value_of(node)
-    return torch.zeros(value.shape, dtype=value.dtype)
-
-
 def _typed(new: Node, old: Node) -> Node:
     new.meta = dict(old.meta)
     return new
-
-
-def _all(graph: torch.fx.Graph, flags: Sequence[Node]) -> Node:
-    found = flags[0]
-    for flag in flags[1:]:
-        found = graph.call_function(torch.ops.aten.logical_and.default, (found, flag))
-    return found
-
-
-def _where(graph: torch.fx.Graph, taken: Node, new: Node, old: Node) -> Node:
-    return graph.call_function(torch.ops.aten.where.self, (taken, new, old))
