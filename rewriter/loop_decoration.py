@@ -19,7 +19,7 @@ from subquad.ir.refusal import Refusal
 from subquad.ir.report import Report
 from subquad.loop_recording import recorded_loop, recording
 from subquad.loop_run import LoopModel, LoopRun, active, bound
-from subquad.passes.recognize.loop_function import Reading, read_loop
+from subquad.passes.recognize.loop_function import UNSEEN, Reading, read_loop
 from subquad.step_model import held
 
 CACHE, LAST, CHUNKS = "derived cache", "last row only", "prefill in chunks"
@@ -72,6 +72,9 @@ def told(report: Report, loop: Loop, model: LoopModel | None) -> None:
         report.refusals = [
             Refusal(loop.path, f"loop: guard {guard}", sentence, loop.model.source, loop.model.detail, "loop")
         ]
+    elif model.step is None and model.original == 0:
+        sentence = "the model was not called in the thread in which the loop runs, so that no call could be answered."
+        report.refusals = [Refusal(loop.path, "loop: model", sentence, loop.model.source, loop.model.detail, "loop")]
     elif model.step is not None and (model.answered > 0 or not passes_cache(loop)):
         names = ", ".join(s.name for s in report.loops[0].schedules if s.applies)
         report.applied = [{"path": loop.path, "pass": names, "contract": "lossless", "mask": ""}]
@@ -85,9 +88,10 @@ def schedules(loop: Loop, model: LoopModel | None) -> tuple[Schedule, ...]:
     """Which exact schedules the loop takes, and why the others do not apply."""
     fed, passes_on = loop.context.kind, passes_cache(loop)
     if fed != "full prefix" and not passes_on:
-        why = "the loop feeds the last token alone: its model keeps a cache of its own, which stays in use"
-        if fed == "slice":
-            why = "the loop feeds slices of its tokens: its model keeps a cache of its own, which stays in use"
+        part = "the last token alone" if fed == "last token" else "slices of its tokens"
+        why = (
+            f"the loop feeds {part}: what its model knows of earlier ones is in a cache of its own, which stays in use"
+        )
         return (Schedule(CACHE, False, why),)
     if model is not None and model.refused is not None:
         return (Schedule(CACHE, False, f"the guard {model.refused[0]} failed: {model.refused[1]}"),)
@@ -155,7 +159,7 @@ def decorate_function(function: Callable[..., Any], speculation: LoopRewrite | N
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             reading = known.reading(args, kwargs)
             if isinstance(reading, Refusal):
-                if reading.what == "loop: model":
+                if reading.kind == UNSEEN:
                     return _watched(known, reading, args, kwargs)
                 known.tell(None, None, reading)
                 return function(*args, **kwargs)
@@ -225,5 +229,6 @@ def _watched(known: DecodingFunction, refusal: Refusal, args: tuple[Any, ...], k
         known.tell(None, None, refusal if seen.calls == [] else found)
     else:
         known.watched = weakref.ref(found.root)
-        known.tell(found.loop, known.model_of(found), None)
+        known.model_of(found)
+        known.tell(found.loop, None, None)
     return out

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from subquad.forward_traces import hooked, traceless
 from subquad.output_place import WHOLE, spellings
 from subquad.runtime.prefix_call import PrefixCall
-from subquad.step_model import StepModel, dropping, versions
+from subquad.step_model import StepModel, dropping
 
 
 class Broken(Exception):
@@ -29,14 +30,17 @@ def deterministic(root: nn.Module, original: Call, args: tuple[Any, ...], kwargs
     """Two calls are equal, draw no random numbers and write to no buffer; says so, or raises Broken."""
     if root.training and dropping(root):
         raise Broken("determinism", "the model is in training mode with dropout; call model.eval() first.")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        before, marks = torch.get_rng_state(), versions(root)
+    if (below := hooked(root)) is not None:
+        raise Broken(
+            "determinism", f"its module `{below}` has a hook on its forward, which would not run; remove it first."
+        )
+    with torch.no_grad(), traceless(root) as seen:
         again = original(*args, **kwargs)
-        if not torch.equal(before, torch.get_rng_state()):
-            because = ", because it is in training mode; call model.eval() first" if root.training else ""
-            raise Broken("determinism", f"the model draws random numbers when it is called{because}.")
-        if versions(root) != marks:
-            raise Broken("determinism", "the model writes to its own buffers when it is called.")
+    if (kind := next(iter(seen), None)) == "random":
+        because = ", because it is in training mode; call model.eval() first" if root.training else ""
+        raise Broken("determinism", f"the model draws random numbers when it is called{because}.")
+    if kind is not None:
+        raise Broken("determinism", f"the model writes to its own {kind} when it is called.")
     pairs = zip(_tensors(out), _tensors(again), strict=True)
     if not all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs):
         raise Broken("determinism", "two calls of the model on the same tokens differ.")

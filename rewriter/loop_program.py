@@ -141,7 +141,7 @@ def _fed(state: dict[torch.fx.Node, Any], found: Carried, ids: Tensor, place: in
 def _vocabulary(found: Carried, part: Part, given: Mapping[torch.fx.Node, Any]) -> int:
     """How many tokens the model knows: the rows of the table in which the fed one is looked up."""
     tables = [n for n in part.nodes if operation(n) == "embedding" and found.feed in ancestors([n])]
-    return int(value_of(tables[0].args[0]).shape[0]) if tables else 2
+    return int(value_of(tables[0].all_input_nodes[0]).shape[0]) if tables else 2
 
 
 def _alike(one: Tensor, other: Tensor, scale: float | None = None) -> bool:

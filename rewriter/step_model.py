@@ -216,11 +216,6 @@ def _mark(tensor: Tensor) -> Mark:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def versions(root: nn.Module) -> list[Mark]:
-    """A mark of every parameter and buffer."""
-    return [_mark(tensor) for tensor in (*root.parameters(), *root.buffers())]
-
-
 class Watch:
     """The parameters and buffers of a module as they are now; looking again takes microseconds, once a token."""
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from loops import cached, plain, traps
+from loops import cached, plain, styles, traps
 from loops.case import Case
+from loops.models import Counting
 from transformers import DynamicCache
 
 import subquad
@@ -31,7 +32,7 @@ from subquad.step_model import held
 
 SHARED: dict[Any, Any] = {}
 """Models of loops that must be rewritten: they are captured once."""
-CASES = [*plain.CASES, *traps.CASES, *cached.CASES]
+CASES = [*plain.CASES, *traps.CASES, *cached.CASES, *styles.CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,24 @@ def test_a_loop_gives_the_same_tokens_or_a_reason(case: Case, capsys: Any) -> No
         slot = getattr(report.loops[0], name)
         kinds = [s.kind for s in slot] if isinstance(slot, tuple) else [slot.kind]
         assert kind in kinds, (name, kinds)
+
+
+def test_guards_leave_no_trace_in_a_model_that_counts() -> None:
+    for model, name in ((Counting(), "calls"), (styles.tallying(), "calls")):
+        twin = copy.deepcopy(model.eval())
+        with torch.no_grad():
+            styles.first_token_apart(twin, torch.ones(1, 3, dtype=torch.long))
+            subquad.rewrite(styles.first_token_apart)(model, torch.ones(1, 3, dtype=torch.long))
+        assert int(getattr(model, name)) == int(getattr(twin, name)) == 11
+
+
+def test_calls_from_another_thread_are_the_models_own() -> None:
+    model, fast = model_of(traps.CASES[0]), subquad.rewrite(styles.fetches_ahead)
+    ids = torch.randint(0, 41, (2, 4))
+    with torch.inference_mode(False), torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(fast(model, ids), styles.fetches_ahead(model, ids))
+    assert "not called in the thread" in fast.report.refusals[0].reason
 
 
 def test_a_loop_over_two_modules_is_refused() -> None:

@@ -209,7 +209,7 @@ def cache_write(old: Node, new: Node, counter: Node) -> tuple[int, Node, Node] |
     if not isinstance(index, Node) or not isinstance(source, Node) or offset(index, counter) is None:
         return None
     width = value_of(old).dim()
-    return (int(axis) % width, index, source) if value_of(source).dim() == width else None  # type: ignore[call-overload]
+    return (axis % width, index, source) if isinstance(axis, int) and value_of(source).dim() == width else None
 
 
 def _is_token(old: Node, new: Node, written: Node) -> bool:

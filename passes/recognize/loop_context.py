@@ -10,7 +10,7 @@ from subquad.passes.recognize.loop_names import Scope, assignments, names_in, ta
 from subquad.passes.recognize.loop_row import GROWING, all_calls
 
 SHAPING = {"to", "long", "int", "clone", "contiguous", "unsqueeze", "view", "reshape", "cuda", "cpu", "tensor", "as_tensor",
-           "stack", "LongTensor", "squeeze", "flatten", "type", "expand", "detach"}  # fmt: skip
+           "stack", "LongTensor", "squeeze", "flatten", "type", "expand", "detach", "list", "tuple"}  # fmt: skip
 CACHES = ("past", "cache", "kv", "mems", "memory_states", "state", "hidden")
 POSITIONS = ("pos", "start", "offset", "step", "cur_len", "index")
 WRITING = {"index_copy_", "index_copy", "scatter_", "scatter", "index_put_", "select_scatter", "slice_scatter", "copy_"}
@@ -49,6 +49,8 @@ def context_of(
         return _joined(scope, loop, node, [node.left, node.right], tokens, depth)
     if isinstance(node, ast.Call) and _name(node) in GROWING and node.args:
         first = node.args[0]
+        if isinstance(first, ast.Name):
+            return context_of(scope, loop, first, tokens, depth + 1)
         return _joined(
             scope, loop, node, list(first.elts) if isinstance(first, (ast.List, ast.Tuple)) else [], tokens, depth
         )
@@ -112,6 +114,8 @@ def _named(scope: Scope, loop: ast.For | ast.While, node: ast.Name, tokens: set[
         inner = peeled(value)
         if isinstance(inner, ast.Call) and _name(inner) in GROWING and name in names_in(inner):
             return Context("full prefix", Slot("full prefix", name, scope.line(node)), write=scope.slot("cat", value))
+        if isinstance(inner, ast.Call) and _name(inner) == "pad" and name in names_in(inner):
+            return Context("full prefix", Slot("full prefix", name, scope.line(node)), write=scope.slot("pad", value))
         if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Add) and name in names_in(inner):
             return Context(
                 "full prefix", Slot("full prefix", name, scope.line(node)), write=scope.slot("append", value)
@@ -120,6 +124,8 @@ def _named(scope: Scope, loop: ast.For | ast.While, node: ast.Name, tokens: set[
             return Context(
                 "full prefix", Slot("full prefix", name, scope.line(node)), write=scope.slot("slot write", value)
             )
+        if name in names_in(value) and name not in tokens:
+            return Context("unknown", Slot("unknown", name, scope.line(node)))
         if names_in(value) & tokens or name in tokens:
             return Context("last token", Slot("last token", name, scope.line(node)), write=scope.slot("rebind", value))
         if name not in names_in(value):

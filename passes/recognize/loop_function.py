@@ -25,10 +25,12 @@ from subquad.passes.recognize.loop_names import (
     said,
     scope_of,
 )
-from subquad.passes.recognize.loop_row import Row, all_calls, read_row, sampler_of
+from subquad.passes.recognize.loop_row import Row, all_calls, kept_best, read_row, sampler_of
 from subquad.passes.recognize.loop_uses import uses_of
 
 _INSTALLED = re.compile(r"[/\\](site-packages|dist-packages|lib[/\\]python\d[\d.]*)[/\\]")
+UNSEEN = "loop unseen"
+"""The kind of a refusal where the source shows no loop over a module at all, so that watching a run may."""
 DEPTH = 2
 """How many functions may lie between the decorated one and the model's call."""
 
@@ -62,11 +64,12 @@ def read_loop(function: Callable[..., Any], values: Mapping[str, Any]) -> Readin
     scope = scope_of(function, values)
     if scope is None:
         name = getattr(function, "__qualname__", repr(function))
-        return Refusal(name, "loop: model", "the source of the function is not available, so its loop cannot be read.")
+        reason = "the source of the function is not available, so its loop cannot be read."
+        return Refusal(name, "loop: model", reason, kind=UNSEEN)
     found = list(_readings(scope, DEPTH))
     if not found:
         reason = "no `for` or `while` of it calls an nn.Module once per token."
-        return _refusal(scope, scope.tree, "model", reason)
+        return replace(_refusal(scope, scope.tree, "model", reason), kind=UNSEEN)
     readings = [reading for reading in found if isinstance(reading, Reading)]
     return readings[0] if readings else found[0]
 
@@ -127,6 +130,9 @@ def _read(scope: Scope, loop: ast.For | ast.While, calls: list[_Call]) -> Readin
     if (trained := loop_ending.training(scope, loop)) is not None:
         return _refusal(scope, trained, "effects", "the loop trains the model while it decodes.")
     row = _row(scope, loop, found)
+    if not row.choice and (kept := kept_best(loop, row)) is not None:
+        reason = "the loop keeps several continuations of every text, as beam search does, and is left whole."
+        return Refusal(scope.function.__qualname__, "loop: choice", reason, kept.source, kept.detail, "loop")
     if not row.choice:
         return _refusal(scope, found.outer, "choice", "no token is chosen from the logits by a known operation.")
     context, others = _contexts(scope, loop, found, row)

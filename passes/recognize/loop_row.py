@@ -153,9 +153,9 @@ def free_floats(node: ast.AST, floats: set[str]) -> bool:
 
 def _events(scope: Scope, value: ast.expr, row: Row, start: ast.AST | None, depth: int) -> bool:
     """Add what an expression does to the row, innermost first; True when its value is a chosen token."""
-    chosen = False
+    chosen, amounts = False, _amounts(value)
     for node in _inside_out(value):
-        if not _touches(node, row.floats, start):
+        if node in amounts or not _touches(node, row.floats, start):
             continue
         if isinstance(node, ast.Subscript) and _selects_row(node):
             row.select.append(scope.slot("last row" if re.search(r"-\s*1\b", ast.unparse(node.slice)) else "row", node))
@@ -166,6 +166,19 @@ def _events(scope: Scope, value: ast.expr, row: Row, start: ast.AST | None, dept
         elif isinstance(node, ast.Call) and node is not start:
             chosen = _called(scope, node, row, depth) or chosen
     return chosen
+
+
+def _amounts(value: ast.expr) -> set[ast.AST]:
+    """Largest values, read without their places: `x.max(-1).values`, `x.max(-1)[0]`."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(value):
+        taken = (isinstance(node, ast.Attribute) and node.attr == "values") or (
+            isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "0"
+        )
+        inner = node.value if taken else None  # type: ignore[attr-defined]
+        if isinstance(inner, ast.Call) and called_names(ast.Call(inner.func, [], [])) & {"max"}:
+            found.add(inner)
+    return found
 
 
 def _inside_out(node: ast.AST) -> Iterator[ast.AST]:
@@ -242,6 +255,20 @@ def sampler_of(row: Row) -> tuple[tuple[Slot, ...], Slot]:
         kinds[kinds.index("argmax")] = "exponential race"
     last = row.choice[-1]
     return tuple(s for s in row.processors if s not in noise), Slot(" or ".join(kinds), last.detail, last.source)
+
+
+def kept_best(loop: ast.For | ast.While, row: Row) -> Slot | None:
+    """The top-k whose places are told apart into the text that goes on and the token it goes on with."""
+    apart = any(
+        (isinstance(n, ast.BinOp) and isinstance(n.op, (ast.FloorDiv, ast.Mod)))
+        or (
+            isinstance(n, ast.Call)
+            and called_names(n) & {"divmod", "remainder", "fmod", "floor_divide", "unravel_index"}
+        )
+        or (isinstance(n, ast.keyword) and n.arg == "rounding_mode")
+        for n in own_nodes(loop)
+    )
+    return next((slot for slot in row.processors if slot.kind in ("top-k", "top-p")), None) if apart else None
 
 
 def _processor(row: Row, slot: Slot) -> None:

@@ -58,7 +58,7 @@ def draws(node: Node) -> bool:
         return False
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
     if operation(node).endswith("attention"):
-        return given.get("dropout_p", 0.0) != 0.0
+        return bool(given.get("dropout_p", 0.0) != 0.0)
     return not (operation(node) == "dropout" and given.get("train") is False)
 
 
