@@ -242,12 +242,19 @@ class Decoder:
         if self.complete or self.engine.device.type != "cpu":
             return
         if wait:
-            self._compile(report)
+            self._wait_for_worker()
+            if not self.complete:
+                self._compile(report)
         elif self._worker is None or not self._worker.is_alive():
             self._worker = threading.Thread(
                 target=self._in_background, args=(report,), name="subquad-compile", daemon=True
             )
             self._worker.start()
+
+    def _wait_for_worker(self) -> None:
+        """Let a compilation that runs beside end first, so that no program is compiled twice."""
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
 
     def _in_background(self, report: Report) -> None:
         try:
