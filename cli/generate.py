@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from subquad.text_generation import Compiling, Sampling
 
 METHODS = ("none", "auto", "suffix", "ngram", "recycling", "trigram", "layer_skip", "medusa", "hydra",
-           "chimera", "falcon", "ppd", "kangaroo")  # fmt: skip
+           "chimera", "falcon", "ppd", "kangaroo", "s2d")  # fmt: skip
 
 
 @click.command()

@@ -29,6 +29,7 @@ from subquad.passes.speculate.medusa import Medusa
 from subquad.passes.speculate.online_distillation import OnlineDistillation
 from subquad.passes.speculate.prompt_lookup import PromptLookup
 from subquad.passes.speculate.prompt_tokens import MASKS, PromptTokens
+from subquad.passes.speculate.s2d import S2D
 from subquad.passes.speculate.suffix_automaton import SuffixMatch
 from subquad.passes.speculate.token_recycling import TokenRecycling
 from subquad.passes.speculate.trigram_tree import TrigramTree
@@ -41,8 +42,8 @@ class Speculate(LoopRewrite):
 
     method: "auto" (suffix automaton, Token Recycling, and what was trained for the model), "suffix", "ngram" (prompt lookup),
     "recycling", "trigram", "layer_skip" (the model itself without some of its blocks), or what `convert` trains: "medusa",
-    "hydra", "chimera", "falcon", "ppd" (prompt tokens) or "kangaroo" (the model's first blocks and
-    an adapter).
+    "hydra", "chimera", "falcon", "ppd" (prompt tokens), "s2d" (copies of the model's first blocks) or "kangaroo" (the
+    blocks themselves and an adapter).
     num_speculative_tokens: most tokens drafted for a pass; how many of them are verified follows from measured costs.
     prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that "ngram" looks up.
     draft_block: tokens that "falcon" guesses in one of its passes (paper: 2 to 4).
@@ -50,7 +51,8 @@ class Speculate(LoopRewrite):
     others: "ensemble", "decoder" or "encoder"; see prompt_tokens.MASKS.  These three are settled when the drafter is trained.
     online_update_interval: rejected guesses after which trained heads learn from them (OSD, 2310.07177); 0: they stay.
     early_exit: blocks behind which the drafter that `convert` trains leaves the model; 0: the paper's.
-    confidence: a chain that the model drafts itself ends behind a token less likely than this; None: the paper's.
+    confidence: a chain that the model drafts itself ends behind a token less likely than this, and an exit of "s2d" leaves such
+    a token to the next exit; None: the papers'.
     """
 
     name: ClassVar[str] = "speculate"
@@ -127,7 +129,7 @@ HEADS: dict[str, type[DraftHeads]] = {kind.name: kind for kind in (Medusa, Hydra
 """Heads that read the last hidden state and the tokens behind it, by the word for them."""
 TRAINED: dict[str, type[TrainedPart]] = {
     **HEADS,
-    **{kind.name: kind for kind in (Chimera, Falcon, PromptTokens, Kangaroo)},
+    **{kind.name: kind for kind in (Chimera, Falcon, PromptTokens, Kangaroo, S2D)},
 }
 """All that `convert` trains, by the word for it."""
 
@@ -163,6 +165,6 @@ METHODS: dict[str, Callable[[Speculate, Trained], Drafter]] = {
     "layer_skip": lambda knobs, _: LayerSkip(tokens=min(LayerSkip.tokens, knobs.num_speculative_tokens)),
 }
 """Ways to draft that need no training."""
-SURE = ("layer_skip", "kangaroo")
-"""Those whose chains end by how sure the drafter is."""
+SURE = ("layer_skip", "kangaroo", "s2d")
+"""Those that draft by how sure they are."""
 KNOWN = tuple(sorted((*METHODS, *TRAINED)))

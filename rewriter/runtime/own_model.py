@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from subquad.ir.errors import GenerationError
 from subquad.runtime.decode_engine import DecodeEngine, Executor, entered, named_states
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.pass_inputs import StepInputs, Tokens
@@ -81,7 +82,14 @@ class FirstBlocks:
     """The first blocks of a decoder over one sequence; see ir.decoding.Blocks.  Columns count from the sequence's start."""
 
     def __init__(self, engine: DecodeEngine, blocks: int, weights: Mapping[str, Tensor]) -> None:
-        self.engine, self.blocks, self.weights = engine, blocks, weights
+        own = engine.eager["step"]
+        dtypes = {
+            name: weight.dtype
+            for call, (_, _, given, _, _) in zip(own.schedule.calls[:blocks], own.calls[:blocks], strict=True)
+            for name, weight in zip(call.weights, given, strict=True)
+        }
+        self.engine, self.blocks = engine, blocks
+        self.weights = {name: t.to(engine.device, dtypes.get(name, t.dtype)) for name, t in weights.items()}
         self.layout = first_sites(engine, blocks)
         self.state = new_state(self.layout, 1, 0, engine.device)
         self._bound: dict[int, tuple[Executor, Executor]] = {}
@@ -111,12 +119,34 @@ class FirstBlocks:
 def rebound(chosen: Executor, blocks: int, weights: Mapping[str, Tensor]) -> Executor:
     """The first blocks of an executor with other weights by name."""
     calls = tuple(
-        (runner, sides, tuple(weights.get(name, w) for name, w in zip(call.weights, own, strict=True)), states, fresh)
+        (
+            runner,
+            sides,
+            tuple(_fitting(weights, name, w) for name, w in zip(call.weights, own, strict=True)),
+            states,
+            fresh,
+        )
         for call, (runner, sides, own, states, fresh) in zip(
             chosen.schedule.calls[:blocks], chosen.calls[:blocks], strict=True
         )
     )
     return replace(chosen, calls=calls)
+
+
+def _fitting(weights: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:
+    """The weight in the place of the model's own, which stays where it is no number that can be learnt."""
+    if not own.is_floating_point():
+        return own
+    if name not in weights:
+        raise GenerationError(
+            f"what was trained in the place of the model's blocks lacks the weight {name}; train it again."
+        )
+    if weights[name].shape != own.shape:
+        raise GenerationError(
+            f"what was trained in the place of the model's {name} is of shape {list(weights[name].shape)}, not "
+            f"{list(own.shape)}; train it again."
+        )
+    return weights[name]
 
 
 def first_sites(engine: DecodeEngine, blocks: int) -> DecoderLayout:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from subquad.decoder import Decoder
 from subquad.passes.speculate.exit_words import ExitWords
 from subquad.training.checkpoint import optimiser_tensors, restore_optimiser
 from subquad.training.foretold import Foretold
@@ -21,6 +23,17 @@ WINDOW = 64
 """Sequences of like lengths are sought among this many neighbours of the shuffled text."""
 HELD_OUT = 0.04
 """Share of the sequences, at the end of the text, on which guesses are counted."""
+
+
+Part = TypeVar("Part", bound=ExitWords)
+
+
+def begun(part: Part, decoder: Decoder) -> Part:
+    """What leaves a decoder early, beginning with its last norm and head of logits."""
+    readout = decoder.engine.readout
+    assert readout is not None
+    part.begin(readout.weight, readout.reads)
+    return part
 
 
 class ExitTraining(ABC):

@@ -15,12 +15,15 @@ from subquad.passes.speculate.chimera import Chimera
 from subquad.passes.speculate.falcon import Falcon
 from subquad.passes.speculate.kangaroo import Kangaroo
 from subquad.passes.speculate.prompt_tokens import PromptTokens
+from subquad.passes.speculate.s2d import S2D
 from subquad.passes.speculate.speculate import HEADS, Speculate, TrainedPart
 from subquad.training.context_lessons import glancing, imitation
+from subquad.training.exits import begun
 from subquad.training.foretold import Foretold
 from subquad.training.heads import LEVELS, WIDTH, WORDS, HeadTraining, frequent
 from subquad.training.kangaroo import KangarooTraining
 from subquad.training.prompt_tokens import PromptTokenTraining, entry_width
+from subquad.training.s2d import SortedTraining, block_weights
 from subquad.training.sequences import SequenceTraining
 
 AHEAD = 3
@@ -29,6 +32,8 @@ APART = 1e-3
 """Spread of several copies of them at first, so that they can come to differ."""
 EXIT = 2
 """Blocks in front of Kangaroo's adapter (paper, for 32 layers)."""
+EXITS = (6 / 32, 9 / 32, 12 / 32)
+"""S2D's exits as shares of the model's blocks (paper, for 32 layers)."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +114,30 @@ def _ppd(material: Material, seed: int) -> DrafterTraining:
 
 
 def _kangaroo(material: Material, seed: int) -> DrafterTraining:
-    blocks = material.loop.early_exit or min(EXIT, _blocks(material) - 1)
-    if not 0 < blocks < _blocks(material):
+    hidden, ids, _ = _sizes(material)
+    blocks = _last_exit(material, min(EXIT, material.decoder.blocks - 1))
+    part = Kangaroo(hidden, ids, torch.tensor([blocks]))
+    return KangarooTraining(begun(part, material.decoder), material.decoder, material.text, seed)
+
+
+def _s2d(material: Material, seed: int) -> DrafterTraining:
+    hidden, ids, _ = _sizes(material)
+    last = _last_exit(material, max(1, round(EXITS[-1] * material.decoder.blocks)))
+    exits = sorted({round(last * exit / EXITS[-1]) for exit in EXITS} - {0})
+    part = S2D(hidden, ids, torch.tensor(exits), block_weights(material.decoder, last))
+    return SortedTraining(begun(part, material.decoder), material.decoder, material.text, seed)
+
+
+def _last_exit(material: Material, most: int) -> int:
+    """The blocks in front of the last exit; raises ConversionError where the decoder cannot run so many apart."""
+    blocks = material.decoder.blocks if material.decoder.trees else 0
+    found = material.loop.early_exit or most
+    if not 0 < found < blocks:
         raise ConversionError(
-            f"a kangaroo drafter leaves the model behind block {blocks}, but its decoder has {_blocks(material)} that can be run "
-            "apart; choose another early_exit or another method."
+            f"a {material.loop.method} drafter leaves the model behind block {found}, but its decoder has {blocks} that can be "
+            "run apart; choose another early_exit or another method."
         )
-    part = Kangaroo(material.head.shape[1], _sizes(material)[1], torch.tensor([blocks]))
-    readout = material.decoder.engine.readout
-    assert readout is not None
-    part.begin(material.head, readout.reads)
-    return KangarooTraining(part, material.decoder, material.text, seed)
-
-
-def _blocks(material: Material) -> int:
-    """Blocks of the decoder that can run apart from the others; none where states are recurrent."""
-    return material.decoder.blocks if material.decoder.trees else 0
+    return found
 
 
 RECIPES: dict[str, Recipe] = {
@@ -133,5 +146,6 @@ RECIPES: dict[str, Recipe] = {
     "falcon": _falcon,
     "ppd": _ppd,
     "kangaroo": _kangaroo,
+    "s2d": _s2d,
 }
 """By the word for the drafter; its keys are those of speculate.TRAINED."""
