@@ -46,6 +46,8 @@ def main() -> None:
         prompts = [torch.randint(model.config.vocab_size, (1, arguments.prompt)) for _ in range(arguments.pairs)]
         start = time.perf_counter()
         loops["subquad"](model, prompts[0], 8)
+        if not held(model).steps:
+            raise SystemExit(f"the loop was not rewritten: {loops['subquad'].report.refusals}")
         held(model).steps[0].decoder.compile()
         ready = time.perf_counter() - start
         loops["subquad, drafts"](model, prompts[0], 16)

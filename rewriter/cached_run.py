@@ -14,7 +14,7 @@ from subquad.cache_study import Held, Keeping, long_calls, marks_of, study
 from subquad.cached_call import CallForm, Parts
 from subquad.capture_objects import tensors_of
 from subquad.ir.errors import SubquadError
-from subquad.loop_guards import checked, deterministic, readable
+from subquad.loop_guards import checked, deterministic, readable, tokens_alone
 from subquad.loop_run import COMPARED, LoopModel, LoopRun, inactive, refuse_by
 from subquad.output_place import at, places, spellings
 from subquad.runtime.deferred_cache import DeferredTensor, Link, defer, defer_new, deferred, link_of
@@ -139,6 +139,7 @@ class CachedRun(LoopRun):
         kept = {name: v.clone() if isinstance(v, Tensor) else v for name, v in whole.items()}
         out = original(*args, **kwargs)
         with refuse_by(model):
+            tokens_alone(model.root, (), kept)
             model.step = step_model(model.root, (), kept, out)
             place = model.step.place
             held = deterministic(model.root, lambda **given: at(original(**given), place), (), kept, at(out, place))

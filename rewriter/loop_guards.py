@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,26 @@ def deterministic(root: nn.Module, original: Call, args: tuple[Any, ...], kwargs
     if not all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs):
         raise Broken("determinism", "two calls of the model on the same tokens differ.")
     return "determinism: two calls equal, no random numbers, no buffer written"
+
+
+def tokens_alone(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises Broken when a call is given what an encoder made, or an encoder's tokens, beside the decoder's own."""
+    try:
+        given = inspect.signature(type(root).forward).bind_partial(root, *args, **kwargs).arguments
+    except TypeError:
+        return
+    for name, value in list(given.items())[1:]:
+        states = [
+            t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 3
+        ]
+        if states and type(value) not in (list, tuple, dict) and name != "inputs_embeds":
+            said = f"`{name}` [{', '.join(map(str, states[0].shape))}] beside its tokens"
+            raise Broken("context", f"a call is given {said}, as a decoder behind an encoder is; {ONLY}.")
+    if "decoder_input_ids" in given and isinstance(given.get("input_ids"), Tensor):
+        raise Broken("context", f"a call encodes `input_ids` and decodes `decoder_input_ids`; {ONLY}.")
+
+
+ONLY = "what is derived answers calls on the tokens of one sequence and their padding mask only"
 
 
 def _tensors(out: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
 from subquad.ir.loop_rewrite import LoopRewrite
-from subquad.loop_guards import Broken, checked, deterministic, readable
+from subquad.loop_guards import Broken, checked, deterministic, readable, tokens_alone
 from subquad.runtime.lazy_logits import LazyLogits
 from subquad.runtime.lookahead import Lookahead
 from subquad.runtime.pacing import MeasuredPacing, Pacing
@@ -138,6 +138,7 @@ class LoopRun:
             odd = [type(v).__name__ for v in pytree.tree_leaves((args, kwargs)) if _may_change(v)]
             if odd:
                 raise Broken("arguments", f"a call is given a {odd[0]}, which the model may change.")
+            tokens_alone(model.root, *kept)
             held = deterministic(model.root, original, *kept, out)
             model.step = step_model(model.root, *kept, out)
             readable(model.step, model.uses)

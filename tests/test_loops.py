@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import cached, plain, styles, traps
+from loops import cached, plain, styles, translating, traps
 from loops.case import Case
 from loops.models import Counting
 from transformers import DynamicCache
@@ -32,7 +32,7 @@ from subquad.step_model import held
 
 SHARED: dict[Any, Any] = {}
 """Models of loops that must be rewritten: they are captured once."""
-CASES = [*plain.CASES, *traps.CASES, *cached.CASES, *styles.CASES]
+CASES = [*plain.CASES, *traps.CASES, *cached.CASES, *styles.CASES, *translating.CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -352,6 +352,7 @@ SPECULATED = [
     cached.CASES[0],
     cached.CASES[1],
     cached.CASES[5],
+    next(case for case in styles.CASES if case.function is styles.stop_strings),
 ]
 
 
