@@ -45,6 +45,7 @@ def outputs(model: nn.Module, kind: str, case: Case, double: bool = False) -> li
     with torch.no_grad():
         if not double:
             return floating(call(model, inputs))
+        wide_model = copy.deepcopy(model).double()  # outside the mode, which would walk deepcopy's memo at every tensor
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
@@ -52,7 +53,7 @@ def outputs(model: nn.Module, kind: str, case: Case, double: bool = False) -> li
                 k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()
             }
             with Widened():
-                return floating(call(copy.deepcopy(model).double(), wide))
+                return floating(call(wide_model, wide))
         finally:
             torch.set_default_dtype(default)
 
