@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import machine
-from gpu_cases import RECURRENCES, SOFTMAXES
+from gpu_cases import RECURRENCES, SOFTMAXES, surroundings
 
 from subquad.codegen import SHARED_LIMITS, build_all, operator_kernels
 from subquad.ir.kernel_spec import KernelSpec
@@ -25,6 +25,9 @@ def bases(size: int, dtype: str) -> dict[str, KernelSpec]:
         found[f"softmax: {name}"] = KernelSpec("softmax_attention", softmax.json(), dtype, size, size, tables=tables)
     for name, what in RECURRENCES.items():
         found[f"recurrence: {name}"] = recurrence(what, size, dtype)
+    for name in ("softmax: causal", "recurrence: normalised", "recurrence: gated delta", "recurrence: LoLCATs"):
+        around = surroundings(size, keys_too="LoLCATs" not in name)
+        found[f"{name}, norms, RoPE, gate"] = replace(found[name], around=around.json())
     return found
 
 

@@ -31,6 +31,7 @@ from gpu_cases import (
     decoding_timing,
     recurrence_timing,
     softmax_timing,
+    surrounded_timing,
 )
 
 from subquad.codegen import recurrence_template, softmax_template
@@ -96,7 +97,7 @@ def checks(device: torch.device, rehearse: bool) -> list[Row]:
     cases = [case | {"device": str(device), "dtype": "float32"} for case in QUICK]
     cases += [case | {"device": str(device), "dtype": "bfloat16"} for case in (*QUICK, *THOROUGH)]
     if rehearse:
-        named, cases = [], [cases[0], cases[len(QUICK) - 2]]
+        named, cases = [], [cases[0], cases[len(QUICK) - 1]]
     with ProcessPoolExecutor(1 if rehearse else 8, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = []
         for row in itertools.chain(pool.map(check, named), pool.map(check_case, cases)):
@@ -212,6 +213,7 @@ def timing_cases(rehearse: bool, device: torch.device, dtype: torch.dtype) -> li
             *(partial(recurrence_timing, name, plain, device, dtype) for name in TIMED),
             lambda: softmax_timing("causal", small, device, dtype),
             lambda: decoding_timing(small, 32, device, dtype),
+            *(partial(surrounded_timing, family, plain, device, dtype) for family in ("softmax", "gated delta")),
         ]  # fmt: skip
     cases: list[Callable[[], Timing]] = []
     for b, t in ((16, 2048), (4, 8192), (1, 32768)):
@@ -221,6 +223,8 @@ def timing_cases(rehearse: bool, device: torch.device, dtype: torch.dtype) -> li
         cases.append(partial(softmax_timing, "causal", Shape(b, t, 32, 8, 128), device, dtype))
     cases.append(lambda: softmax_timing("window 1024", Shape(1, 16384, 32, 8, 128), device, dtype, window=1024))
     cases.append(lambda: decoding_timing(Shape(32, 8192, 32, 8, 128), 0, device, dtype))
+    for family, heads in (("softmax", 8), ("gated delta", 32)):
+        cases.append(partial(surrounded_timing, family, Shape(4, 4096, 32, heads, 128), device, dtype))
     cases.append(lambda: decoding_timing(Shape(32, 8256, 32, 8, 128), 8192, device, dtype))
     return cases
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from subquad.codegen.recurrence_call import recurrence_forward
+from subquad.codegen.softmax_call import softmax_forward
 from subquad.kernels import RecurrenceSpec, SoftmaxSpec, recurrence, softmax_attention
+from subquad.kernels.surroundings import Epilogue, Prologue, Surroundings, finished, prepared
 
 Run = Callable[[], Any]
 HEDGEHOG = ("softmax(x @ w0)", "softmax(-(x @ w0))")
@@ -120,6 +124,73 @@ def recurrence_timing(name: str, shape: Shape, device: torch.device, dtype: torc
     chunk = 64
     operations = b * t * h * (4 * d * d + 4 * chunk * d) * (2 if spec.update == "delta" else 1)
     return Timing(name, shape, runs, leaves, float(moved), float(operations))
+
+
+def surroundings(size: int, keys_too: bool) -> Surroundings:
+    """RMS norm with weight and rotary embedding in front, RMS norm with weight and silu gate behind."""
+    part = Prologue("rms", weight=True, rotary=size)
+    return Surroundings(part, part if keys_too else Prologue(), Epilogue("rms", weight=True, gate="silu"))
+
+
+def surrounded_timing(family: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Timing:
+    """A forward pass with norms, rotary embedding and gate in its kernels, against the same operator with them compiled around
+    it: "softmax" (causal; k is finished) or "gated delta".
+    """
+    b, t, h, hkv, d = shape.batch, shape.tokens, shape.heads, shape.kv_heads, shape.size
+    around = surroundings(d, keys_too=family != "softmax")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(device, dtype)
+
+    q, k, v = draw(b, t, h, d), draw(b, t, hkv, d), draw(b, t, hkv, d)
+    angles = torch.outer(torch.arange(t), 10000.0 ** (-torch.arange(0, d, 2) / d))[None].to(device)
+    whole = {f"{side}_{name}": table for side in "qk" for name, table in (("cos", angles.cos()), ("sin", angles.sin()))}
+    whole |= {name: torch.ones(d, device=device) for name in ("q_weight", "k_weight", "o_weight")} | {
+        "o_gate": draw(b, t, h, d)
+    }
+    tensors = {name: whole[name] for name in around.tensors}
+    outer = {"around": around.json(), "surroundings": tensors}
+    compiled = partial(torch.compile, dynamic=False, disable=device.type == "cpu")
+    before = compiled(lambda x, side: prepared(x, getattr(around, side), side, tensors))
+    behind = compiled(lambda x: finished(x, around.o, tensors))
+    if family == "softmax":
+        names = ("rows", "lengths", "positions", "operands", "scalars")
+        spec = SoftmaxSpec(d**-0.5, mask="q >= kv").json()
+        given = dict.fromkeys(("q_positions", "bias", "sinks")) | {name: [] for name in names}
+        given |= {"q": q, "k": [k], "v": [v], "spec": spec}
+
+        def inside() -> Tensor:
+            return softmax_forward(given | outer)[0]
+
+        def outside() -> Tensor:
+            return behind(softmax_forward(given | {"q": before(q, "q")})[0])
+
+        operations = 2.0 * b * h * t * t * d
+    else:
+        g, beta = -torch.rand(b, t, h, device=device), torch.rand(b, t, h, device=device)
+        optional = ("window_gate", "valid", "state", "window_k", "window_v", "seen", "cu_seqlens")
+        given = dict.fromkeys(optional) | {
+            "q": q,
+            "k": k,
+            "v": v,
+            "decay": g,
+            "beta": beta,
+            "feature_q": [],
+            "feature_k": [],
+        }
+        given["spec"] = RECURRENCES["gated delta"].json()
+
+        def inside() -> Tensor:
+            return recurrence_forward(given | outer)[0]
+
+        def outside() -> Tensor:
+            return behind(recurrence_forward(given | {"q": before(q, "q"), "k": before(k, "k")})[0])
+
+        operations = 2.0 * b * t * h * (4 * d * d + 4 * 64 * d)
+    moved = (3 * q.numel() + k.numel() + v.numel()) * q.element_size()
+    runs: dict[str, Run] = {"subquad": inside, "around it, compiled": outside}
+    return Timing(f"{family} with norms, RoPE and gate", shape, runs, [], float(moved), operations, backward=False)
 
 
 def softmax_timing(name: str, shape: Shape, device: torch.device, dtype: torch.dtype, window: int = 0) -> Timing:
