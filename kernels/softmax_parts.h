@@ -247,8 +247,8 @@ struct Task {
       if (panels.empty()) continue;
       const float *ready_k, *ready_v;
       int64_t k_slot = s.k_slot, v_slot = s.v_slot;
-      if constexpr (sizeof(T) == sizeof(float)) {
-        ready_k = keys_at, ready_v = values_at;
+      if (sizeof(T) == sizeof(float) && k_slot == call.dim && v_slot == call.out) {
+        ready_k = reinterpret_cast<const float*>(keys_at), ready_v = reinterpret_cast<const float*>(values_at);
       } else {
         float *to_k = wide, *to_v = wide + BLOCK * call.dim;
         for (int64_t key = 0; key < keys; key++) {
