@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,32 @@ def build(kernel_spec: KernelSpec) -> BuildReport:
 
 
 def build_all(specs: Sequence[KernelSpec], processes: int | None = None) -> Iterator[BuildReport]:
-    """`build` for each spec, in order, in as many processes as there are processors (or `processes`)."""
-    count = min(processes or len(os.sched_getaffinity(0)), len(specs))
-    if count <= 1:
-        yield from map(build, specs)
-        return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(build, specs)
+    """`build` for each spec, in order, in as many processes as there are processors (or `processes`); specs whose programs
+    differ in their header only share one build.
+    """
+    programs = [_program(spec) for spec in specs]
+    first = dict(zip(reversed(programs), reversed(specs), strict=True))
+    distinct = dict.fromkeys(programs)
+    made: dict[tuple[str, str, int, int], BuildReport] = {}
+    count = min(processes or len(os.sched_getaffinity(0)), len(distinct))
+    with (
+        ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+        if count > 1
+        else nullcontext() as pool
+    ):
+        chosen = [first[program] for program in distinct]
+        built = zip(distinct, map(build, chosen) if pool is None else pool.map(build, chosen), strict=True)
+        for program in programs:
+            while program not in made:
+                name, report = next(built)
+                made[name] = report
+            yield made[program]
+
+
+def _program(spec: KernelSpec) -> tuple[str, str, int, int]:
+    """What a build depends on: the source without its header, the target, warps and stages."""
+    text = emit(spec)
+    return text[text.index("import triton") :], spec.target, spec.num_warps, spec.num_stages
 
 
 def _cuda_usage(binary: Path) -> tuple[int | None, int | None]:

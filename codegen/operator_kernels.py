@@ -56,7 +56,7 @@ def _recurrence(base: KernelSpec) -> list[KernelSpec]:
         found.extend(scheduled(replace(spec, part=part), recurrence_schedule(spec)) for part in parts)
 
     valid = ("valid",) if what.window else ()
-    if admits(what, base.dtype):
+    if admits(what, base.dtype, base.key_dim * base.feature_dim):
         flags = (*base.flags, *valid, *(() if what.causal else ("raw",)))
         add(replace(base, flags=flags), forward_parts(what))
         add(replace(base, flags=(*flags, "state")), forward_parts(what))

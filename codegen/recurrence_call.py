@@ -40,7 +40,7 @@ def base_spec(given: Arguments, gradients: bool = False) -> KernelSpec:
     """The spec of a call's kernels, or of those of its gradients, without optional inputs, part and schedule."""
     what = RecurrenceSpec.parse(given["spec"])
     q, value_dim = given["q"], given["v"].shape[3]
-    if gradients or not admits(what, dtype_name(q)):
+    if gradients or not _own_features(given, what):
         like = q.new_empty(0, dtype=torch.float32 if q.dtype == torch.float16 else q.dtype)
         return run.core_spec(what, like, feature_width(given), value_dim, ())
     weights = [*given["feature_q"], *given["feature_k"]]
@@ -50,10 +50,16 @@ def base_spec(given: Arguments, gradients: bool = False) -> KernelSpec:
     return KernelSpec("recurrence", given["spec"], dtype_name(q), *sizes, around=around, target=target_of(q))
 
 
+def _own_features(given: Arguments, what: RecurrenceSpec) -> bool:
+    """True where the forward kernels compute the feature maps."""
+    weights = (*given["feature_q"], *given["feature_k"])
+    return admits(what, dtype_name(given["q"]), max((w.shape[-2] * w.shape[-1] for w in weights), default=0))
+
+
 def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor, ...]:
     """Outputs (o, state, window_k, window_v, seen) of the operator."""
     what = RecurrenceSpec.parse(given["spec"])
-    if not admits(what, dtype_name(given["q"])):
+    if not _own_features(given, what):
         return _surrounded(given, schedule)
     if what.window:
         return _windowed(given, what, schedule)

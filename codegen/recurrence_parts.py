@@ -183,8 +183,16 @@ class Parts:
 
     @property
     def slice(self) -> int:
-        """Widest slice of columns of a feature map that acts on each column alone."""
-        return 32 if self.decay == "channel" or self.spec.dtype == "float32" else 64
+        """Widest slice of columns of a feature map that acts on each column alone. Where channels decay, addresses and gates
+        of many narrow tiles fill the registers of kernels that keep all of them, and products in two levels those of wide ones.
+        """
+        if self.spec.dtype == "float32":
+            return 32
+        return (
+            {"states": 128, "grad_states": 128, "grad_transform": 64}.get(self.spec.part, 32)
+            if self.decay == "channel"
+            else 64
+        )
 
     @property
     def rows_of_block(self) -> int:

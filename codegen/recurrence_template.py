@@ -44,13 +44,20 @@ def backward_parts(what: RecurrenceSpec) -> tuple[str, ...]:
     return ("grad_states", "grad_values", "grad_keys", *gates)
 
 
-def admits(what: RecurrenceSpec, dtype: str) -> bool:
-    """True for the recurrences whose feature maps (and window) the kernels compute themselves; others get phi from memory,
-    in fp32 also those that would keep a whole matrix of weights, or the window's keys too, as parts of operands.
+WEIGHTS = 64 * 64
+"""Most entries of a feature weight that a kernel keeps in registers."""
+
+
+def admits(what: RecurrenceSpec, dtype: str, weights: int) -> bool:
+    """True for the recurrences whose feature maps (and window) the kernels compute themselves, with weights of so many
+    entries; others get phi from memory: in fp32 also those that would keep a matrix of weights, or the window's keys too, as
+    parts of operands, and those whose matrix would leave room for short chunks only.
     """
     texts = (*what.feature_map, *what.key_map)
     large = what.window > 0 or any("@" in text for text in texts)
-    return what.decay != "additive" and all(map(printable, texts)) and not (dtype == "float32" and large)
+    if what.decay == "additive" or not all(map(printable, texts)):
+        return False
+    return weights <= WEIGHTS and not (dtype == "float32" and large)
 
 
 def arguments(spec: KernelSpec) -> list[Argument]:
@@ -84,7 +91,7 @@ def _written(spec: KernelSpec) -> tuple[str, list[Argument], list[str]]:
     if spec.part not in WRITERS:
         raise ValueError(f"KernelSpec.part is {spec.part!r}; a recurrence has {', '.join(WRITERS)}.")
     parts = Parts(spec)
-    if not admits(parts.what, spec.dtype):
+    if not admits(parts.what, spec.dtype, spec.key_dim * spec.feature_dim):
         raise ValueError(
             f"The recurrence {spec.operator} has no Triton template of its own; its kernels take phi(q) and phi(k) from memory."
         )

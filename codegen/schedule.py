@@ -16,12 +16,16 @@ SOFTMAX_REGISTERS = 130
 """The same for softmax kernels, whose tiles of pointers take more of the rest."""
 
 
+EARLY_FORWARD = 115
+"""The same for the forward kernel before sm_90, where keys and values are kept as loaded and as operands."""
+
+
 SPLIT = 6
 """What operands in fp32 cost beside those in bf16: two parts of twice the width, each kept for every product it enters."""
 
 
-BESIDE = {"grad_states": 12, "grad_keys": 26, "grad_transform": 32}
-"""Tiles of rows by columns that decays in two levels keep beside the others; a kernel with more such products keeps more.
+BESIDE = {"states": 1, "grad_states": 3, "grad_keys": 26, "grad_transform": 13}
+"""Tiles of rows by columns that channel decays keep beside the others; a kernel with more products in two levels keeps more.
 In fp32 a chunk has one level."""
 
 
@@ -88,6 +92,17 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         "grad_transform": 4 * operands * square + 3 * rows + 2 * values,
         "step": blocks * state + 4 * 16 * tile,
     }
+    if parts.sums and part == "states":
+        counts[part] += blocks * rows // 4
+    if (
+        parts.sums
+        and part == "output"
+        and "raw" in parts.spec.flags
+        and any(text != "x" for text in parts.what.key_map)
+    ):
+        counts[part] += rows // 2
+    if early and part == "grad_states":
+        counts[part] += 3 * max(blocks - 2, 0) * rows
     found = counts.get(part, 0) if delta or part not in ("prepare", "grad_transform") else 0
     if found and parts.spec.feature_dim:
         sides = 2 if part in ("output", "step") else 1
@@ -115,7 +130,7 @@ def recurrence_candidates(spec: KernelSpec) -> list[Schedule]:
     operands in fp32 a quarter.  A longer chunk, or one whose kernels do not all fit the registers of the spec's target,
     comes last.
     """
-    parts = Parts(replace(spec, part="states"))
+    parts = Parts(replace(spec, part="output"))
     longest = 16 if spec.dtype == "float32" else 32 if parts.decay == "channel" else 64
     best = max(16, pad(int((parts.features * spec.value_dim) ** 0.5)))
     fitted = [_fitted(parts, chunk) for chunk in (64, 32, 16) if chunk <= best]
@@ -127,6 +142,7 @@ def _fitted(parts: Parts, chunk: int) -> tuple[Schedule, bool]:
     """The schedule of a chunk, and whether the registers hold what its kernels keep."""
     special, fits = [], True
     for part in RECURRENCE_PARTS:
+        parts = Parts(replace(parts.spec, part=part))
         early = parts.spec.target == "cuda:80" and part == "grad_keys"
         narrow = parts.spec.dtype == "float32" or parts.decay == "channel" or early
         blocks = (64, 32, 16) if narrow else (64, 32)
@@ -169,6 +185,10 @@ def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
         wide = 2.5 if spec.dtype == "float32" else 1.0
         loads = (block_q * key + block_kv * (key + value)) // 2
         loads *= 3 if spec.target == "cuda:80" and spec.part == "grad_keys" else 1
+        if spec.target == "cuda:80" and spec.part == "forward":
+            both_forms = kept["forward"] + tiles // 2 + 3 * loads // 2
+            if both_forms * wide > EARLY_FORWARD * 32 * warps:
+                continue
         if (kept.get(spec.part, 0) + tiles + loads) * wide <= SOFTMAX_REGISTERS * 32 * warps:
             found.append(Schedule(block_q, block_kv, warps))
     return found or [Schedule(16, 16, 4)]
