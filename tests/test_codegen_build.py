@@ -285,6 +285,24 @@ def test_fp32_kernels_take_features_from_memory_and_short_chunks():
     assert {spec.feature_dim for spec in operator_kernels(WINDOWED)} == {0, 64}
 
 
+def test_a_large_matrix_of_feature_weights_is_multiplied_outside_the_kernels():
+    large = operator_kernels(dataclasses.replace(WINDOWED, key_dim=128, value_dim=128, feature_dim=128))
+    assert {spec.feature_dim for spec in large} == {0}
+    assert {"forward", "states", "output", "grad_keys"} <= {spec.part for spec in large}
+
+
+def test_kernels_that_differ_in_their_header_are_built_once(monkeypatch):
+    building = importlib.import_module("subquad.codegen.building")
+    calls = []
+    monkeypatch.setattr(building, "build", lambda spec: calls.append(spec) or len(calls))
+    specs = [
+        dataclasses.replace(scheduled(dataclasses.replace(GATED, part="prepare")), flags=f) for f in ((), ("state",))
+    ]
+    others = [dataclasses.replace(specs[0], num_warps=2), dataclasses.replace(specs[0], target="cuda:100"), specs[0]]
+    assert list(building.build_all([*specs, *others], processes=1)) == [1, 1, 2, 3, 1]
+    assert calls == [specs[0], *others[:2]]
+
+
 def test_a_target_gets_the_chunk_that_its_registers_hold():
     chunks = {t: recurrence_candidates(dataclasses.replace(GATED, target=t))[0].chunk for t in ("cuda:80", "cuda:90")}
     assert chunks == {"cuda:80": 32, "cuda:90": 64}
