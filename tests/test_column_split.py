@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,11 @@ import subquad
 from subquad import backend
 from subquad.application import rewritten
 from subquad.ir.network_rewrite import NETWORK
+from subquad.kernels.spec import RecurrenceSpec
+from subquad.passes.linearize.lolcats import Lolcats
+from subquad.passes.share_prefix.share_prefix import SharePrefix
+from subquad.passes.share_prefix.shared_operators import recurrence_arguments
+from subquad.passes.share_prefix.shared_rows import shared_rows
 
 HEADS, WIDTH = 2, 8
 
@@ -184,6 +190,54 @@ def test_an_encoder_runs_once_for_many_samples_of_one_source() -> None:
     wide = [n.meta["val"].shape[0] for n in graph.graph.nodes if n.target is torch.ops.aten.tanh.default]
     assert wide == [1]
     same(model, ids(5, 4), ids(1, 9))
+
+
+@pytest.mark.parametrize("window", [3, 64])
+def test_recurrent_layers_go_on_from_the_state_behind_the_shared_columns(window: int) -> None:
+    """A window shorter than the prefix has given tokens to the state, a longer one holds them all."""
+    torch.manual_seed(0)
+    model, example = SoftPrompt(own_only=False).eval(), (ids(3, 7),)
+    alone, linear = copy.deepcopy(model), Lolcats(window=window, sinks=1)
+    subquad.rewrite(alone, passes=[linear], example_inputs=example)
+    model = subquad.rewrite(model, passes=[linear, SharePrefix()], example_inputs=example)
+    assert what(model) == "2 attentions and what lies between them compute shared columns once"
+    graph = rewritten(model).bound[""].graph.graph  # type: ignore[union-attr]
+    calls = [n for n in graph.nodes if n.target is torch.ops.subquad.recurrence.default]
+    assert len(calls) == 4
+    assert {int(n.args[0].meta["val"].shape[0]) == 1 for n in calls if recurrence_arguments(n)["state"] is None} == {
+        True
+    }
+    for rows, length in ((4, 9), (1, 2), (6, 20)):
+        x = ids(rows, length)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), alone(x), rtol=1e-5, atol=2e-6)
+
+
+class BothWays(nn.Module):
+    """A recurrence over a shared prefix and own tokens."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.spec, self.prefix = (
+            RecurrenceSpec(("exp(x)",), 1.0, causal=causal).json(),
+            nn.Parameter(torch.randn(5, 8)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.prefix[None].expand(x.shape[0], -1, -1), x], 1).unflatten(2, (2, 4))
+        nothing: list[Tensor] = []
+        none = (None,) * 4
+        made = torch.ops.subquad.recurrence(x, x, x, None, None, nothing, nothing, None, None, *none, None, self.spec)
+        return made[0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_recurrence_in_both_directions_shares_nothing(causal: bool) -> None:
+    module = torch.export.export(BothWays(causal), (torch.randn(3, 4, 8),)).module()
+    claims = shared_rows(module)
+    found = [claims.get(n) for n in module.graph.nodes if n.target is torch.ops.subquad.recurrence.default]
+    assert len(found) == 1
+    assert (found[0] is not None) == causal
 
 
 TRAPS = ["bidirectional", "mean over time", "batch statistics", "own prefix", "first token"]

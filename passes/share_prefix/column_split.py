@@ -1,8 +1,9 @@
 """Cut a graph at a shared column: what rows have in common is computed for one row, the rest for all, joined by keys and values.
 
 Every tensor of which columns are proved shared is carried as two: its shared columns, of one row, and the rows' own columns.
-An operation that treats columns alone runs on each; attention of own queries reads both stores of keys; what has no rule
-gets the tensors joined again, so that the graph stays the same function.
+An operation that treats columns alone runs on each; attention of own queries reads both stores of keys; a recurrence goes on
+from the states behind the shared columns; what has no rule gets the tensors joined again, so that the graph stays the same
+function.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch.fx
 from subquad.ir.emitter import Emitter
 from subquad.ir.graph import shape_of, source_of, value_of
 from subquad.ir.vocabulary import arguments, kind
+from subquad.kernels.recurrence_arguments import STATE
 from subquad.passes.recognize.symbolic_tensor import is_one
 from subquad.passes.share_prefix.claims import Claims
-from subquad.passes.share_prefix.shared_operators import softmax_arguments
+from subquad.passes.share_prefix.shared_operators import recurrence_arguments, softmax_arguments, token_arguments
 from subquad.passes.share_prefix.shared_rules import is_pointwise, operation_name
 
 Node = torch.fx.Node
@@ -90,6 +92,8 @@ class ColumnSplit:
         """The node as a split, a node that takes its place, or None where it needs its inputs whole."""
         if node.target is torch.ops.subquad.softmax_attention.default:
             return self._attention(node)
+        if node.target is torch.ops.subquad.recurrence.default:
+            return self._recurrence(node)
         name = kind(node)
         if name == "sym_size":
             return self._size(node)
@@ -180,11 +184,12 @@ class ColumnSplit:
             return Split(parts[0], parts[1], split.row, split.column, split.columns)
         return self._both(node, lambda shared: self._same(node, shared))
 
-    def _tuple_item(self, node: Node) -> Split | None:
-        """One of several results."""
+    def _tuple_item(self, node: Node) -> Split | Node | None:
+        """One of several results; what has no columns any more is that of the own ones."""
         axes, split = self._axes(node), self.splits[node.args[0]]  # type: ignore[index]
         if axes is None:
-            return None
+            carried = split.own is not None and split.own.target is torch.ops.subquad.recurrence.default
+            return self.emit.operation(node, (split.own, node.args[1]), {}) if carried else None
         parts = [
             None if n is None else self.emit.operation(node, (n, node.args[1]), {}) for n in (split.shared, split.own)
         ]
@@ -337,6 +342,32 @@ class ColumnSplit:
         self.sites += 1
         found = self._operator(named, query.own, key, value, at)
         return Split(shared, found, 0, 1, query.columns)
+
+    def _recurrence(self, node: Node) -> Split | None:
+        """Shared tokens run for one row; own ones go on from the states behind them."""
+        named, axes = recurrence_arguments(node), self._axes(node)
+        parts = {name: self.splits.get(named[name]) for name in token_arguments(named)}
+        found = [part for part in parts.values() if part is not None]
+        if axes is None or len(found) < len(parts) or len({part.own is None for part in found}) > 1:
+            return None
+
+        def call(shared: bool, states: dict[str, Node]) -> Node:
+            given = {name: self._part(part, shared) for name, part in parts.items() if part is not None}
+            return self.emit.call(torch.ops.subquad.recurrence.default, *(named | given | states).values())
+
+        own = found[0].own
+        if own is not None and any((part.row, part.column, part.columns) != (0, 1, axes[2]) for part in found):
+            return None
+        self.sites += 1
+        first = call(True, {})
+        if own is None:
+            return Split(first, None, 0, None, None)
+        states, rows = {}, self._length(own, 0)
+        for number, name in enumerate(STATE, 1):
+            one = self.emit.call(operator.getitem, first, number)
+            shape = shape_of(one) or ()
+            states[name] = self.emit.call(aten.expand.default, one, [rows, *[-1] * (len(shape) - 1)])
+        return Split(first, call(False, states), *axes)
 
     def _operator(self, named: dict[str, Any], q: Node, key: Split, value: Split, at: Node | None) -> Node:
         """Attention of rows' own queries over the segments of keys."""

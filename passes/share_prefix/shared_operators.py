@@ -1,4 +1,4 @@
-"""What our own attention operator does to claims about shared columns: its mask must keep shared queries to shared keys."""
+"""What our own attention operators do to claims about shared columns: shared queries must read shared keys alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch.fx
 
 from subquad.ir.graph import shape_of
 from subquad.kernels.expression import parse
+from subquad.kernels.recurrence_arguments import TOKENS
+from subquad.kernels.recurrence_op import ARGUMENTS as RECURRENCE_ARGUMENTS
 from subquad.kernels.softmax_op import ARGUMENTS
-from subquad.kernels.spec import SoftmaxSpec
+from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
 from subquad.kernels.visibility import CAUSAL
 from subquad.passes.recognize.symbolic_tensor import axis, is_one
 from subquad.passes.share_prefix.claims import Claims, Shared, Sizes, meet
@@ -36,6 +38,32 @@ def softmax_operator(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
     mask = SoftmaxSpec.parse(named["spec"]).mask
     whole = all(part.column is None for part in known)
     return meet(known) if mask_allows(mask, whole) and (whole or named["bias"] is None) else None
+
+
+def recurrence_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a recurrence node by name."""
+    return dict(zip(RECURRENCE_ARGUMENTS, node.args, strict=True))
+
+
+def token_arguments(named: dict[str, Any]) -> list[str]:
+    """Those arguments of a recurrence, by name, whose first two axes are rows and columns."""
+    given = [name for name in TOKENS if isinstance(named[name], Node)]
+    return [name for name in given if name != "decay" or RecurrenceSpec.parse(named["spec"]).decay != "head"]
+
+
+def recurrence_operator(node: Node, claims: Claims, batch: Sizes) -> Shared | None:
+    """The claim of the output; the states behind the last token are shared only where all columns are."""
+    named = recurrence_arguments(node)
+    if named["state"] is not None or named["cu_seqlens"] is not None:
+        return None
+    tokens = token_arguments(named)
+    parts = [claims.get(named[name]) for name in tokens]
+    known = [part for part in parts if part is not None and part.row == axis(0) and part.column in (None, axis(1))]
+    others = [n for n in node.all_input_nodes if n not in [named[name] for name in tokens]]
+    if len(known) < len(parts) or any(n in claims for n in others):
+        return None
+    whole = all(part.column is None for part in known)
+    return meet(known) if whole or RecurrenceSpec.parse(named["spec"]).causal else None
 
 
 def _alike(bias: object, batch: Sizes) -> bool:

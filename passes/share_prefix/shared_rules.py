@@ -18,7 +18,7 @@ from subquad.passes.recognize.index_map import IndexMap, trace_view
 from subquad.passes.recognize.mixed_radix import without_divisions
 from subquad.passes.recognize.symbolic_tensor import axis, is_one, size_of
 from subquad.passes.share_prefix.claims import ROW, Claims, Shared, Sizes, everywhere, meet, settled
-from subquad.passes.share_prefix.shared_operators import softmax_operator
+from subquad.passes.share_prefix.shared_operators import recurrence_operator, softmax_operator
 from subquad.passes.share_prefix.shared_products import addmm, convolution, linear, matmul, named_arguments
 
 Node = torch.fx.Node
@@ -220,7 +220,8 @@ def _part(node: Node, claims: Claims) -> Shared | None:
     name = kind(source)
     if name not in ("split", "split_with_sizes", "chunk", "unbind"):
         claim = claims.get(source)
-        return claim if claim is not None or shape_of(source) is None else None
+        states = source.target is torch.ops.subquad.recurrence.default and number > 0
+        return None if states and claim is not None and claim.column is not None else claim
     named = arguments(source)
     claim, shape = claims.get(named["x"]), shape_of(named["x"]) or ()
     if claim is None:
@@ -332,7 +333,7 @@ NAMED: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_normalised),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "argmax", "argmin",
                      "var", "var_mean", "std", "norm", "linalg_vector_norm", "amin", "prod", "glu"), _along),
-    "softmax_attention": softmax_operator,
+    "softmax_attention": softmax_operator, "recurrence": recurrence_operator,
 }  # fmt: skip
 """By operation, for what the vocabulary has no kind."""
 
