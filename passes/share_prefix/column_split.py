@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -20,11 +19,10 @@ import torch.fx
 from subquad.ir.emitter import Emitter
 from subquad.ir.graph import shape_of, source_of, value_of
 from subquad.ir.vocabulary import arguments, kind
-from subquad.kernels.recurrence_arguments import STATE
 from subquad.passes.recognize.symbolic_tensor import is_one
 from subquad.passes.share_prefix.claims import Claims
-from subquad.passes.share_prefix.shared_operators import recurrence_arguments, softmax_arguments, token_arguments
 from subquad.passes.share_prefix.shared_rules import is_pointwise, operation_name
+from subquad.passes.share_prefix.site_split import SiteSplit, Split, length_of
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -36,20 +34,6 @@ VIEWS = {"transpose", "t", "permute", "movedim", "unsqueeze", "unflatten", "flat
 """Kinds that move whole rows and columns; sizes, rows and columns are no arguments of theirs."""
 
 
-@dataclass(frozen=True)
-class Split:
-    """A tensor, or a tuple of them, as its shared columns of one row and the rows' own columns.
-
-    own: None where all columns are shared.  row, column: axes, of the tensor.  columns: how many are shared, None for all.
-    """
-
-    shared: Node
-    own: Node | None
-    row: int
-    column: int | None
-    columns: sympy.Basic | None
-
-
 class ColumnSplit:
     """Splits one graph in place; the nodes that compute whole tensors stay behind as dead code."""
 
@@ -57,8 +41,7 @@ class ColumnSplit:
         self.module, self.claims = module, claims
         self.splits: dict[Node, Split] = {}
         self.joined: dict[Node, Node] = {}
-        self.sites = self.keys_only = 0
-        """Attention operators that were split: wholly, or their keys alone."""
+        self.sites = SiteSplit(self.splits, self._whole)
         self.joints: list[Node] = []
         """Nodes that got tensors joined again although their own result is shared."""
 
@@ -91,9 +74,9 @@ class ColumnSplit:
     def _found(self, node: Node) -> Split | Node | None:
         """The node as a split, a node that takes its place, or None where it needs its inputs whole."""
         if node.target is torch.ops.subquad.softmax_attention.default:
-            return self._attention(node)
+            return self.sites.attention(node, self.emit, self.claims.get(node) is not None)
         if node.target is torch.ops.subquad.recurrence.default:
-            return self._recurrence(node)
+            return self.sites.recurrence(node, self.emit, self._axes(node))
         name = kind(node)
         if name == "sym_size":
             return self._size(node)
@@ -151,13 +134,9 @@ class ColumnSplit:
     def _same(self, node: Node, shared: bool) -> Node:
         def part(source: Node) -> Node:
             split = self.splits.get(source)
-            return source if split is None else self._part(split, shared)
+            return source if split is None else split.part(shared)
 
         return self.emit.operation(node, *torch.fx.node.map_arg((node.args, dict(node.kwargs)), part))
-
-    @staticmethod
-    def _part(split: Split, shared: bool) -> Node:
-        return split.shared if shared or split.own is None else split.own
 
     def _moved(self, node: Node) -> Split | Node | None:
         source = node.args[0]
@@ -220,11 +199,7 @@ class ColumnSplit:
         length = self.emit.call(aten.sym_size.int, split.own, dim)
         if dim != split.column:
             return length
-        return self.emit.call(operator.add, length, self._length(split.shared, dim))
-
-    def _length(self, node: Node, dim: int) -> Any:
-        size = (shape_of(node) or ())[dim]
-        return size if isinstance(size, int) else self.emit.call(aten.sym_size.int, node, dim)
+        return self.emit.call(operator.add, length, length_of(self.emit, split.shared, dim))
 
     def _sized(self, node: Node) -> Split | None:
         """A view or expansion, whose sizes are written out."""
@@ -236,12 +211,12 @@ class ColumnSplit:
         target = aten.reshape.default if kind(node) == "view" else aten.expand.default
 
         def make(shared: bool) -> Node:
-            part, wide = self._part(split, shared), list(sizes)
+            part, wide = split.part(shared), list(sizes)
             if shared or split.own is None:
                 wide[axes[0]] = 1
             if axes[1] is not None:
                 assert split.column is not None
-                wide[axes[1]] = self._length(part, split.column)
+                wide[axes[1]] = length_of(self.emit, part, split.column)
             return self.emit.call(target, part, wide)
 
         return self._both(node, make)
@@ -291,7 +266,7 @@ class ColumnSplit:
             def part(source: Node) -> Node:
                 split, shape = self.splits.get(source), shape_of(source)
                 if split is not None and (split.own is not None or cut is None):
-                    return self._part(split, shared)
+                    return split.part(shared)
                 held = source if split is None else split.shared
                 if split is None and shared and shape is not None and (at := axes[0] - (rank - len(shape))) >= 0:
                     held = held if is_one(shape[at]) else self.emit.call(aten.slice.Tensor, held, at, 0, 1)
@@ -301,89 +276,13 @@ class ColumnSplit:
                 place = column - (rank - len(shape))
                 if place < 0 or is_one(shape[place]):
                     return held
-                length = self._length(cut.shared, cut.column)
+                length = length_of(self.emit, cut.shared, cut.column)
                 ends = (0, length) if shared else (length, 2**63 - 1)
                 return self.emit.call(aten.slice.Tensor, held, place, *ends)
 
             return self.emit.operation(node, *torch.fx.node.map_arg((node.args, dict(node.kwargs)), part))
 
         return self._both(node, make)
-
-    def _attention(self, node: Node) -> Split | Node | None:
-        """Own queries read shared and own keys as segments; shared queries read shared keys alone."""
-        named = softmax_arguments(node)
-        q, (k,), (v,) = named["q"], named["k"], named["v"]
-        query, key, value = (self.splits.get(n) for n in (q, k, v))
-        if key is None or value is None or (key.row, value.row) != (0, 0) or key.columns != value.columns:
-            return None
-        read = torch.utils._pytree.tree_leaves([named[name] for name in ("bias", "sinks", "operands")])
-        given = any(named[name] for name in ("rows", "lengths", "positions")) or named["q_positions"] is not None
-        if given or any(isinstance(n, Node) and n in self.splits for n in read):
-            return None
-        if (key.own is None) != (value.own is None) or (key.own is not None and (key.column, value.column) != (1, 1)):
-            return None
-        if query is None or self.claims.get(node) is None:
-            self.keys_only += 1
-            return self._operator(named, self._whole(q), key, value, None)
-        if query.own is None and key.own is None:
-            self.sites += 1
-            return Split(self._call(named, query.shared, [key.shared], [value.shared], [], None), None, 0, None, None)
-        if query.own is None or key.own is None or query.columns != key.columns or (query.row, query.column) != (0, 1):
-            return None
-        shared = self._call(named, query.shared, [key.shared], [value.shared], [], None)
-        emit = self.emit
-        start, own = self._length(query.shared, 1), self._length(query.own, 1)
-        places = emit.call(
-            aten.arange.start, start, emit.call(operator.add, start, own), dtype=torch.int64, device=_device(q)
-        )
-        at = emit.call(
-            aten.expand.default, emit.call(aten.unsqueeze.default, places, 0), [self._length(query.own, 0), own]
-        )
-        self.sites += 1
-        found = self._operator(named, query.own, key, value, at)
-        return Split(shared, found, 0, 1, query.columns)
-
-    def _recurrence(self, node: Node) -> Split | None:
-        """Shared tokens run for one row; own ones go on from the states behind them."""
-        named, axes = recurrence_arguments(node), self._axes(node)
-        parts = {name: self.splits.get(named[name]) for name in token_arguments(named)}
-        found = [part for part in parts.values() if part is not None]
-        if axes is None or len(found) < len(parts) or len({part.own is None for part in found}) > 1:
-            return None
-
-        def call(shared: bool, states: dict[str, Node]) -> Node:
-            given = {name: self._part(part, shared) for name, part in parts.items() if part is not None}
-            return self.emit.call(torch.ops.subquad.recurrence.default, *(named | given | states).values())
-
-        own = found[0].own
-        if own is not None and any((part.row, part.column, part.columns) != (0, 1, axes[2]) for part in found):
-            return None
-        self.sites += 1
-        first = call(True, {})
-        if own is None:
-            return Split(first, None, 0, None, None)
-        states, rows = {}, self._length(own, 0)
-        for number, name in enumerate(STATE, 1):
-            one = self.emit.call(operator.getitem, first, number)
-            shape = shape_of(one) or ()
-            states[name] = self.emit.call(aten.expand.default, one, [rows, *[-1] * (len(shape) - 1)])
-        return Split(first, call(False, states), *axes)
-
-    def _operator(self, named: dict[str, Any], q: Node, key: Split, value: Split, at: Node | None) -> Node:
-        """Attention of rows' own queries over the segments of keys."""
-        emit, rows = self.emit, self._length(q, 0)
-        zero = emit.call(aten.zeros.default, [rows], dtype=torch.int64, device=_device(q))
-        k, v, maps = [key.shared], [value.shared], [zero]
-        if key.own is not None and value.own is not None:
-            k, v = [*k, key.own], [*v, value.own]
-            maps.append(emit.call(aten.zeros.default, [0], dtype=torch.int64, device=_device(q)))
-        return self._call(named, q, k, v, maps, at)
-
-    def _call(
-        self, named: dict[str, Any], q: Node, k: list[Node], v: list[Node], rows: list[Node], at: Node | None
-    ) -> Node:
-        given = named | {"q": q, "k": k, "v": v, "rows": rows, "q_positions": at}
-        return self.emit.call(torch.ops.subquad.softmax_attention.default, *given.values())
 
     def _join_inputs(self, node: Node) -> None:
         node.args, node.kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._whole)
@@ -395,7 +294,7 @@ class ColumnSplit:
             return node
         if node not in self.joined:
             sizes: list[Any] = [-1] * len(shape_of(node) or ())
-            sizes[split.row] = self._length(split.own, split.row)
+            sizes[split.row] = length_of(self.emit, split.own, split.row)
             wide = self.emit.call(aten.expand.default, split.shared, sizes)
             self.joined[node] = self.emit.call(aten.cat.default, [wide, split.own], split.column)
         return self.joined[node]
@@ -415,8 +314,3 @@ def _open(end: object) -> bool:
 
 def _number(symbol: sympy.Basic) -> int:
     return int(str(symbol)[1:])
-
-
-def _device(node: Node) -> torch.device:
-    value = value_of(node)
-    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")

@@ -38,16 +38,16 @@ class SharePrefix(NetworkRewrite):
         split = ColumnSplit(module, claims)
         split.run()
         tidy(module)
-        if not split.sites and not split.keys_only:
+        if not split.sites.count and not split.sites.keys_only:
             groups = sorted({grouping(claim.group) for claim in claims.values() if claim.group != 0})
             reason = "no attention reads columns that all rows of a batch provably share"
             reason += f" ({groups[0]} share some)" if groups else split.first_joint()
             return Refusal(NETWORK, self.name, reason + ".")
         found = []
-        if split.sites:
-            found.append(f"{_attentions(split.sites)} and what lies between them compute shared columns once")
-        if split.keys_only:
-            found.append(f"{_attentions(split.keys_only)} read shared keys once for all rows")
+        if split.sites.count:
+            found.append(f"{_attentions(split.sites.count)} and what lies between them compute shared columns once")
+        if split.sites.keys_only:
+            found.append(f"{_attentions(split.sites.keys_only)} read shared keys once for all rows")
         return "; ".join(found) + split.first_joint()
 
 
