@@ -207,7 +207,7 @@ def test_attention_and_drafter_are_trained_in_one_call(tiny_llama: Path, text: P
     assert made.trained.parameters.keys() == {"medusa"}
 
 
-@pytest.mark.parametrize("name", ["hydra", "falcon", "ppd"])
+@pytest.mark.parametrize("name", ["hydra", "falcon", "ppd", "kangaroo", "s2d"])
 def test_an_interruption_leaves_the_model_as_it_was_and_goes_on_to_the_same_end(
     tiny_llama: Path, text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from subquad.speculation_words import spoken
 from subquad.training.exits import ExitTraining
 from subquad.training.foretold import Foretold, written
 from subquad.training.recipes import RECIPES, Material
+from subquad.training.s2d import block_weights
 
 __all__ = ["text"]
 IDS = torch.tensor([[0, 0, 0, 5, 9, 5, 9], [3, 4, 3, 4, 3, 4, 3], [3, 4, 3, 4, 8, 8, 8], [0, 7, 1, 2, 9, 9, 1]])
@@ -105,7 +106,7 @@ def test_tokens_are_those_of_plain_decoding(made: Decoder, parts: Any, name: str
 @pytest.mark.parametrize("name", NAMES)
 def test_training_lowers_the_loss_and_is_accepted(made: Decoder, parts: Any, name: str) -> None:
     before, after, losses = parts[name, "account"]
-    assert all(last < 0.8 * first for first, last in zip(losses[0].values(), losses[-1].values(), strict=True))
+    assert all(last < 0.9 * first for first, last in zip(losses[0].values(), losses[-1].values(), strict=True))
     assert all(x > y for x, y in zip(after, before, strict=True))
     source = torch.Generator().manual_seed(9)
     asked = torch.randint(1, 64, (5, 1, 6), generator=source)
@@ -363,3 +364,50 @@ def test_weights_of_other_blocks_are_refused(made: Decoder, parts: Any) -> None:
             tokens(made, IDS[1:2], S2D.restored(parameters, head).drafter(), {})
     with pytest.raises(GenerationError, match="no s2d drafter"):
         S2D.restored(kept | {"exits": torch.tensor([2, 1])}, head)
+
+
+def small(architecture: str) -> Any:
+    """A random model with positions in a table and layer norms, or with windows."""
+    import transformers
+
+    torch.manual_seed(0)
+    if architecture == "gpt2":
+        config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=48, n_layer=3, n_head=4)
+    else:
+        config = transformers.MistralConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, sliding_window=6, max_position_embeddings=64,
+        )  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.mul_(1.0 if parameter.dim() == 1 else 8.0)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mistral"])
+def test_other_architectures(architecture: str) -> None:
+    """Blocks are found in the graph, and tokens stay."""
+    model = small(architecture)
+    one = decoder(subquad.rewrite(model, passes="fuse", verify=False))
+    readout = one.engine.readout
+    assert readout is not None
+    assert one.blocks >= 2
+    adapter = Kangaroo(48, torch.arange(64), torch.tensor([1])).begin(readout.weight)
+    adapter.out.normal_()
+    nested = S2D(48, torch.arange(64), torch.tensor([1, 2]), block_weights(one, 2)).begin(readout.weight)
+    for part in (adapter, nested):
+        drafter = TRAINED[part.name].restored(part.parameters_by_name(), readout.weight).drafter()
+        for ids in (IDS[1:], IDS[1:2]):
+            found, count = tokens(one, ids, replace(drafter, confidence=0.0), {})  # type: ignore[type-var]
+            plain, singly = tokens(one, ids, None, {})
+            assert found == plain
+            assert count <= singly
+
+
+def test_the_norm_begins_at_the_nearest_to_what_the_head_read() -> None:
+    part = Kangaroo(48, torch.arange(64), torch.tensor([1]))
+    stream, scale, shift = torch.randn(400, 48), torch.randn(48), torch.randn(48)
+    stream = stream / stream.square().mean(1, keepdim=True).sqrt()
+    part.fit(stream, stream * scale + shift + 0.01 * torch.randn(400, 48))
+    assert torch.allclose(part.scale, scale, atol=1e-2)
+    assert torch.allclose(part.shift, shift, atol=1e-2)

@@ -48,19 +48,22 @@ class ExitWords(nn.Module, ABC):
     def loaded(cls, parameters: Mapping[str, Tensor], hidden: int) -> Self:
         """From stored parameters, for a stream of width `hidden`; raises KeyError, RuntimeError or ValueError for any others."""
 
-    def begin(self, head: Tensor, reads: Callable[[Tensor], Tensor]) -> Self:
-        """Begin with the scale and shift of the model's own last norm, found by what it does to a stream of ±1.
-
-        head: [V, d].  reads: stream [n, 1, d] behind the last block → what the head multiplies by its weight, [n, d].
-        """
-        sign = torch.ones(self.hidden, dtype=head.dtype, device=head.device)
-        sign[1::2] = -1
-        up, down = reads(torch.stack([sign, -sign])[:, None]).float()
-        with torch.no_grad():
-            self.scale.copy_((up - down) / 2 * sign)
-            self.shift.copy_((up + down) / 2)
+    def begin(self, head: Tensor) -> Self:
+        """Beside a model's head of logits [V, d]."""
         self.rows = head.detach()[self.ids].float()
         return self
+
+    def fit(self, stream: Tensor, read: Tensor) -> None:
+        """Set the norm so that it comes nearest, number by number, to what the head read there: least squares.
+
+        stream: [n, d] behind an exit.  read: [n, d].  The model's own last norm would be sure of tokens that an early stream
+        says nothing about.
+        """
+        x, y = F.rms_norm(stream, (self.hidden,), eps=EPSILON), read
+        centred = x - x.mean(0)
+        with torch.no_grad():
+            self.scale.copy_((centred * y).sum(0) / centred.square().sum(0).clamp_min(EPSILON))
+            self.shift.copy_(y.mean(0) - self.scale * x.mean(0))
 
     def normed(self, stream: Tensor) -> Tensor:
         """[..., d] of a stream [..., d]."""
@@ -80,7 +83,7 @@ class ExitWords(nn.Module, ABC):
         """
         try:
             with torch.inference_mode(False), torch.no_grad():
-                made = cls.loaded(parameters, head.shape[1]).to(head.dtype).requires_grad_(False)
+                made = cls.loaded(parameters, head.shape[1]).to(head.device, head.dtype).requires_grad_(False)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             why = str(error).splitlines()[-1].strip()
             raise GenerationError(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from subquad.decoder import Decoder
 from subquad.passes.speculate.exit_words import ExitWords
 from subquad.training.checkpoint import optimiser_tensors, restore_optimiser
 from subquad.training.foretold import Foretold
@@ -21,19 +19,10 @@ TOKENS = 2048
 """Of a batch, padding included."""
 WINDOW = 64
 """Sequences of like lengths are sought among this many neighbours of the shuffled text."""
+FITTED = 2
+"""Batches to which the norm is fitted at first."""
 HELD_OUT = 0.04
 """Share of the sequences, at the end of the text, on which guesses are counted."""
-
-
-Part = TypeVar("Part", bound=ExitWords)
-
-
-def begun(part: Part, decoder: Decoder) -> Part:
-    """What leaves a decoder early, beginning with its last norm and head of logits."""
-    readout = decoder.engine.readout
-    assert readout is not None
-    part.begin(readout.weight, readout.reads)
-    return part
 
 
 class ExitTraining(ABC):
@@ -61,6 +50,16 @@ class ExitTraining(ABC):
         self.optimiser = torch.optim.AdamW(
             self.named.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
         )
+        self._fit()
+
+    @torch.no_grad()
+    def _fit(self) -> None:
+        """The norm's first values, from the first batches; all exits share it."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for sequences in self.order[:FITTED]:
+            found += [(stream, original) for stream, _, original in self._exits(sequences)]
+        if found:
+            self.part.fit(*(torch.cat(side) for side in zip(*found, strict=True)))
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
@@ -76,7 +75,8 @@ class ExitTraining(ABC):
             group["lr"] = self.rate * cosine(number, self.batches, 20, 0.02)
         loss, found = torch.zeros(()), {}
         with torch.enable_grad():
-            for number_of, (ours, wanted, original) in enumerate(self._exits(self.order[number])):
+            for number_of, (stream, wanted, original) in enumerate(self._exits(self.order[number])):
+                ours = self.part.normed(stream)
                 one, means = mixed_loss(ours, original, (self.part.rows, None), wanted.clamp_min(0), 0.0, 1.0)
                 loss = loss + one / len(self.part.exits)
                 found[f"kl {int(self.part.exits[number_of])}"] = float(means[1])
@@ -87,7 +87,7 @@ class ExitTraining(ABC):
         return found
 
     def _exits(self, sequences: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For every exit (ours [n, d], place of the wanted token among the drafted ones or -1 [n], the model's [n, d])."""
+        """For every exit (its stream [n, d], place of the wanted token among the drafted ones or -1 [n], the model's [n, d])."""
         learnt = [(~self.text.asked[one]).nonzero().flatten() for one in sequences]
         wanted = torch.cat(
             [self.place[self.text.wanted[one]][places] for one, places in zip(sequences, learnt, strict=True)]
@@ -97,15 +97,15 @@ class ExitTraining(ABC):
         ).float()
         for stream in self.streams(sequences):
             rows = torch.cat([row[places] for row, places in zip(stream, learnt, strict=True)])
-            yield self.part.normed(rows), wanted, original
+            yield rows, wanted, original
 
     @torch.no_grad()
     def guessed(self) -> list[float]:
         """For every exit, the share of held-out tokens that its best guess hits, unknown tokens counted as misses."""
         hits, count = [0] * len(self.part.exits), 0
         for sequences in _batches(self.held_out):
-            for number, (ours, wanted, _) in enumerate(self._exits(sequences)):
-                hits[number] += int(((ours @ self.part.rows.T).argmax(-1) == wanted).sum())
+            for number, (stream, wanted, _) in enumerate(self._exits(sequences)):
+                hits[number] += int(((self.part.normed(stream) @ self.part.rows.T).argmax(-1) == wanted).sum())
             count += len(wanted)
         return [hit / max(1, count) for hit in hits]
 

@@ -21,10 +21,10 @@ class KangarooTraining(ExitTraining):
     """What the first blocks make of a sequence is kept for the next epoch."""
 
     def __init__(self, part: Kangaroo, decoder: Decoder, text: Foretold, seed: int = 0) -> None:
-        super().__init__(part, text, RATE, seed)
         self.adapter = part
         self.first = FirstBlocks(decoder.engine, part.blocks, {})
         self._known: dict[int, Tensor] = {}
+        super().__init__(part, text, RATE, seed)
 
     def parameters(self) -> dict[str, Tensor]:
         """The adapter's and its norms'."""

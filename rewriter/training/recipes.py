@@ -18,7 +18,6 @@ from subquad.passes.speculate.prompt_tokens import PromptTokens
 from subquad.passes.speculate.s2d import S2D
 from subquad.passes.speculate.speculate import HEADS, Speculate, TrainedPart
 from subquad.training.context_lessons import glancing, imitation
-from subquad.training.exits import begun
 from subquad.training.foretold import Foretold
 from subquad.training.heads import LEVELS, WIDTH, WORDS, HeadTraining, frequent
 from subquad.training.kangaroo import KangarooTraining
@@ -117,7 +116,7 @@ def _kangaroo(material: Material, seed: int) -> DrafterTraining:
     hidden, ids, _ = _sizes(material)
     blocks = _last_exit(material, min(EXIT, material.decoder.blocks - 1))
     part = Kangaroo(hidden, ids, torch.tensor([blocks]))
-    return KangarooTraining(begun(part, material.decoder), material.decoder, material.text, seed)
+    return KangarooTraining(part.begin(material.head), material.decoder, material.text, seed)
 
 
 def _s2d(material: Material, seed: int) -> DrafterTraining:
@@ -125,7 +124,7 @@ def _s2d(material: Material, seed: int) -> DrafterTraining:
     last = _last_exit(material, max(1, round(EXITS[-1] * material.decoder.blocks)))
     exits = sorted({round(last * exit / EXITS[-1]) for exit in EXITS} - {0})
     part = S2D(hidden, ids, torch.tensor(exits), block_weights(material.decoder, last))
-    return SortedTraining(begun(part, material.decoder), material.decoder, material.text, seed)
+    return SortedTraining(part.begin(material.head), material.decoder, material.text, seed)
 
 
 def _last_exit(material: Material, most: int) -> int:
