@@ -19,6 +19,7 @@ from subquad.ir.draft import DraftTree
 from subquad.ir.errors import GenerationError
 from subquad.ir.trained import Trained, head_digest
 from subquad.passes.speculate.context_heads import ContextDrafter, ContextHeads
+from subquad.passes.speculate.falcon import Falcon
 from subquad.passes.speculate.speculate import TRAINED, Speculate
 from subquad.runtime.chance import seeded
 from subquad.runtime.tree_stepper import TreeStepper
@@ -118,6 +119,37 @@ def test_the_prompt_is_read_where_it_is_not_shared(made: Decoder) -> None:
         assert torch.allclose(one[-1] @ readout.weight.T, logits, atol=1e-3)
     stepper.verify([DraftTree((7,), (-1,)), None, None])
     assert stepper.read(0) is None
+
+
+def test_chimera_drafts_as_it_was_trained() -> None:
+    one = heads("chimera", torch.randn(64, 48))
+    hidden, ids = torch.randn(1, 9, 48), torch.randint(0, 64, (1, 9))
+    found, context = one.along(hidden, ids), one.opened()
+    context.add(ids[0, :5].tolist(), hidden[0, :5])
+    guess = context.guesses(int(ids[0, 5]))
+    for level in range(4):
+        want = one.words(one.features(level, hidden[:, 4], found[:, 4, level]))
+        assert torch.allclose(guess(level, ids[:, 6 : 6 + level]), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("length", [5, 6, 7])
+def test_falcon_drafts_as_it_was_trained(block: int, length: int) -> None:
+    head = torch.randn(64, 48)
+    made = Falcon(48, torch.arange(1, 64, 2), 16, 4, block).fitted(head)
+    for parameter in made.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    one = Falcon.restored(made.parameters_by_name(), head)
+    assert one.k == block
+    hidden, ids = torch.randn(1, length, 48), torch.randint(0, 64, (1, length + 1))
+    found, context = one.along(hidden, ids[:, 1:], length % block), one.opened()
+    context.add(ids[0, :2].tolist(), hidden[0, :2])
+    context.add(ids[0, 2:-1].tolist(), hidden[0, 2:])
+    guess = context.guesses(int(ids[0, -1]))
+    assert guess is not None
+    for level in range(block):
+        paths = torch.randint(0, 64, (2, level))
+        assert torch.allclose(guess(level, paths)[1], one.words(found[0, length - block + level]), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -97,19 +97,27 @@ def test_what_is_drawn_has_the_law_of_plain_decoding(double: Decoder, name: str)
     assert variation(plain, drafted) < 1e-10
 
 
+@pytest.fixture(scope="module")
+def made() -> Decoder:
+    return decoder(subquad.rewrite(sharp_llama(2), passes="fuse", verify=False))
+
+
+@pytest.fixture(scope="module")
+def recurrent() -> Decoder:
+    wanted = "linearize:lolcats(window=4, sinks=1, features=8)"
+    return decoder(subquad.rewrite(sharp_llama(2), passes=wanted, verify=False))
+
+
 @pytest.mark.parametrize("name", MAKERS)
-def test_chains_keep_the_tokens(name: str) -> None:
-    made = decoder(subquad.rewrite(sharp_llama(2), passes="fuse", verify=False))
+def test_chains_keep_the_tokens(made: Decoder, name: str) -> None:
     drafter = Chains(MAKERS[name](made.trained.found_head(name)))
     for ids in (IDS, IDS[1:2]):
         assert tokens(made, ids, drafter, {}, 7)[0] == tokens(made, ids, None, {})[0]
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_model_that_cannot_branch_gets_chains(name: str) -> None:
-    wanted = "linearize:lolcats(window=4, sinks=1, features=8)"
-    made = decoder(subquad.rewrite(sharp_llama(2), passes=wanted, verify=False))
-    assert not made.trees
-    drafter = MAKERS[name](made.trained.found_head(name))
+def test_a_model_that_cannot_branch_gets_chains(recurrent: Decoder, name: str) -> None:
+    assert not recurrent.trees
+    drafter = MAKERS[name](recurrent.trained.found_head(name))
     for ids in (IDS[1:], IDS[1:2]):
-        assert tokens(made, ids, drafter, {}, 9)[0] == tokens(made, ids, None, {})[0]
+        assert tokens(recurrent, ids, drafter, {}, 9)[0] == tokens(recurrent, ids, None, {})[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from subquad.passes.speculate.context_heads import REACH, ContextHeads
 from subquad.passes.speculate.context_layer import ContextLayer
+from subquad.passes.speculate.draft_heads import stacked
 from subquad.passes.speculate.likeliest_tree import Guess
 
 Memory = tuple[Tensor, Tensor]
@@ -24,7 +25,7 @@ class Falcon(ContextHeads):
     also those behind.  The last k rows are a block; their guesses, with the tokens drafted from them, are the rows of the
     next block.  Within a block a guess knows nothing of the other drafted tokens, so that the tree has, in every k levels, the
     best of a cartesian product (the paper's decoding tree, sized by probabilities here).  The paper's layers are as wide as
-    the model; these have `width` numbers, and a linear way around them by which row j begins as the model's own guess.
+    the model; these have `width` numbers, and a linear way around them from the last row of a block to each of its guesses.
     """
 
     name: ClassVar[str] = "falcon"
@@ -38,7 +39,7 @@ class Falcon(ContextHeads):
         self.register_buffer("depth", torch.tensor(levels))
         self.lstm = nn.LSTM(2 * hidden, width, num_layers=2, batch_first=True)
         self.layer = ContextLayer(width)
-        self.around = nn.Linear(2 * hidden, width, bias=False)
+        self.around = stacked(block, lambda row: 2 * hidden, width)
         self.foreseen = nn.Linear(width, hidden, bias=False)
         self.k = block
 
@@ -47,15 +48,16 @@ class Falcon(ContextHeads):
         """The levels that stored parameters are of."""
         return int(names["depth"])
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[arg-type]
-        self.k = int(self.block)
+    @classmethod
+    def shaped(cls, parameters: Mapping[str, Tensor], hidden: int, ids: Tensor, width: int) -> Self:
+        """One with the stored block."""
+        return cls(hidden, ids, width, cls.count(parameters), int(parameters["block"]))
 
     def begin(self, start: Tensor) -> None:
         """Rows that guess what the model itself did, and foresee what it read."""
         with torch.no_grad():
-            self.around.weight.zero_()
-            self.around.weight[:, : self.hidden].copy_(start)
+            for around in self.around:
+                around[:, : self.hidden].copy_(start)
             self.foreseen.weight.copy_(start.T)
 
     def rows(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -79,7 +81,15 @@ class Falcon(ContextHeads):
         keys, values = self.layer.keys(stream, places, self.product)
         seen = numbers[None, :] <= numbers[:, None]
         out = self.layer(stream, places, keys, values, seen, self.product)
-        return out + self.product(rows, self.around.weight)
+        last = rows[:, ((numbers + 1) * self.k + offset - 1).clamp_max(len(places) - 1)]
+        turns = (places - offset) % self.k
+        for turn, around in enumerate(self.around):
+            out = out + self.product(last, around) * (turns == turn)[:, None]
+        return out
+
+    def past(self, last: Tensor) -> Tensor:
+        """[..., k, w] that goes around the layers to a block's guesses, from its last row [..., 2d]."""
+        return torch.stack([self.product(last, around) for around in self.around], -2)
 
     def opened(self) -> _Context:
         """An empty context."""
@@ -97,13 +107,13 @@ class _Block:
 
 
 class _Context:
-    """keys, values: of the committed rows; rows, streams: the last k of them; waiting: what was read behind the last token."""
+    """keys, values: of the committed rows; streams: of the last k of them; waiting: what was read behind the last token."""
 
     def __init__(self, heads: Falcon) -> None:
         self.heads = heads
         like, layer = heads.words.weight, heads.layer
         self.keys = self.values = like.new_empty(0, layer.heads, heads.width // layer.heads)
-        self.rows, self.streams = like.new_empty(0, 2 * heads.hidden), like.new_empty(0, heads.width)
+        self.streams = like.new_empty(0, heads.width)
         self.memory: Memory | None = None
         self.length = 0
         self.waiting: Tensor | None = None
@@ -115,13 +125,12 @@ class _Context:
         read = hidden[:-1] if self.waiting is None else torch.cat([self.waiting, hidden[:-1]])
         if len(read):
             behind = torch.tensor(list(tokens[len(tokens) - len(read) :]))
-            found = self._passed(read, behind)
-            self.rows, self.streams, self.keys, self.values, self.memory = found
+            _, self.streams, self.keys, self.values, self.memory = self._passed(read, behind)
             self.length += len(read)
         self.waiting = hidden[-1:]
 
     def _passed(self, read: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Memory]:
-        """(rows, streams, keys, values, memory) with more committed rows."""
+        """(the last row, streams, keys, values, memory) with more committed rows."""
         heads = self.heads
         rows = heads.rows(read, tokens)
         stream, memory = heads.remembered(rows[None], self.memory)
@@ -129,18 +138,18 @@ class _Context:
         found = heads.layer.keys(stream[0], places, heads.product)
         keys, values = (torch.cat(pair)[-REACH:] for pair in zip((self.keys, self.values), found, strict=True))
         streams = torch.cat([self.streams, stream[0]])[-heads.k :]
-        return torch.cat([self.rows, rows])[-heads.k :], streams, keys, values, memory
+        return rows[-1], streams, keys, values, memory
 
     def guesses(self, pending: int) -> Guess | None:
         """A block is run for all paths that lead to it and were not met before."""
         heads = self.heads
         if self.waiting is None or self.length + 1 < heads.k:
             return None
-        rows, streams, keys, values, memory = self._passed(self.waiting, torch.tensor([pending]))
+        last, streams, keys, values, memory = self._passed(self.waiting, torch.tensor([pending]))
         length, k = self.length + 1, heads.k
         places = torch.arange(length - k, length)
         out = heads.layer(streams[None], places, keys[None], values[None], None, heads.product)[0]
-        root = _Block(out + heads.product(rows, heads.around.weight), memory, keys[:0], values[:0])
+        root = _Block(out + heads.past(last), memory, keys[:0], values[:0])
         blocks: dict[tuple[int, ...], _Block] = {(): root}
 
         def extend(paths: list[tuple[int, ...]]) -> None:
@@ -161,7 +170,7 @@ class _Context:
                 for held, new in zip((keys, values), drafted, strict=True)
             ]
             found = heads.layer(stream, at, whole[0], whole[1], None, heads.product)
-            found = found + heads.product(more, heads.around.weight)
+            found = found + heads.past(more[:, -1])
             for n, path in enumerate(paths):
                 state = (after[0][:, n : n + 1], after[1][:, n : n + 1])
                 blocks[path] = _Block(found[n], state, drafted[0][n], drafted[1][n])

@@ -49,6 +49,11 @@ class FrequentWords(nn.Module, ABC):
     def count(cls, names: Mapping[str, Tensor]) -> int:
         """The levels that stored parameters are of."""
 
+    @classmethod
+    def shaped(cls, parameters: Mapping[str, Tensor], hidden: int, ids: Tensor, width: int) -> Self:
+        """One that stored parameters fit into."""
+        return cls(hidden, ids, width, cls.count(parameters))
+
     def embedded(self, tokens: Tensor) -> Tensor:
         """[..., d] of ids [...]."""
         rows = self.table[tokens].to(self.words.weight.dtype)
@@ -74,7 +79,7 @@ class FrequentWords(nn.Module, ABC):
         try:
             width = parameters["words.weight"].shape[1]
             with torch.inference_mode(False), torch.no_grad():
-                made = cls(head.shape[1], parameters["ids"].clone(), width, cls.count(parameters))
+                made = cls.shaped(parameters, head.shape[1], parameters["ids"].clone(), width)
                 made.load_state_dict(dict(parameters))
                 made = made.to(head.dtype).requires_grad_(False)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
