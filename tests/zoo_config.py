@@ -33,6 +33,7 @@ _NUMBERS: tuple[tuple[str, int], ...] = (
     (r"experts|num_local_experts", 4),
     (r"(pattern|interval|period|freq|frequency|every_n|_every|step)$|every_n_layers", 2),
     (r"sliding_window|attention_chunk_size|local_attention|attention_window|window_size", 4),
+    (r"chunk_(left|right)_context", 1),
     (r"(local_|global_)?block_size|num_random_blocks|chunk_length|num_buckets", 4),
     (r"intermediate|ffn|inner|d_ff|mlp_dim|feed_?forward|mlp_hidden", 96),
     (r"image_size|input_size|img_size", 64),
@@ -78,13 +79,26 @@ def small_config(
     A config that mixes kinds of layers gets one of each.
     """
     values = _small_values(kind, kept, given or {})
-    made = kind(**values)
     kinds = _layer_kinds(kind)
-    if len(kinds) > len(set(getattr(made, "layer_types", None) or ())):
+    try:
+        made = kind(**values)
+    except Exception:
+        if not kinds:
+            raise
+        return kind(
+            **_mixed(kind, values, kinds * 2)
+        )  # as many kinds as layers, and each twice for layers that share weights
+    twice = values.get("num_kv_shared_layers") == 2  # the last two take their keys and values from the first two
+    if twice or len(kinds) > len(set(getattr(made, "layer_types", None) or ())):
         with contextlib.suppress(Exception):
-            layers = {name: len(kinds) for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values}
-            return kind(**{**values, **layers, "layer_types": kinds})
+            return kind(**_mixed(kind, values, kinds * 2 if twice else kinds))
     return made
+
+
+def _mixed(kind: type[PreTrainedConfig], values: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """The values with one layer of each of the kinds."""
+    layers = {name: len(kinds) for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values}
+    return {**values, **layers, kind.attribute_map.get("layer_types", "layer_types"): kinds}
 
 
 def _small_values(kind: type[PreTrainedConfig], kept: str, given: dict[str, Any]) -> dict[str, Any]:
