@@ -101,6 +101,8 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         and any(text != "x" for text in parts.what.key_map)
     ):
         counts[part] += rows // 2
+    if part in counts and not parts.around.empty:
+        counts[part] += (2 * rows + chunk * pad(parts.spec.key_dim)) * (2 if part == "prepare" else 1)
     if early and part == "grad_states":
         counts[part] += 3 * max(blocks - 2, 0) * rows
     found = counts.get(part, 0) if delta or part not in ("prepare", "grad_transform") else 0
@@ -183,7 +185,7 @@ def softmax_candidates(spec: KernelSpec, rows: int) -> list[Schedule]:
         tiles = {"forward": 2, "grad_queries": 3, "grad_keys": 3}.get(spec.part, 0) * block_q * block_kv
         tiles += 2 * block_q * block_kv * (("bias" in spec.flags) + bool(spec.tables))
         wide = 2.5 if spec.dtype == "float32" else 1.0
-        loads = (block_q * key + block_kv * (key + value)) // 2
+        loads = (block_q * key + block_kv * (key + value)) // 2 + (block_q * key if spec.around else 0)
         loads *= 3 if spec.target == "cuda:80" and spec.part == "grad_keys" else 1
         if spec.target == "cuda:80" and spec.part == "forward":
             both_forms = kept["forward"] + tiles // 2 + 3 * loads // 2
@@ -210,7 +212,8 @@ def scheduled(spec: KernelSpec, schedule: Schedule | None = None) -> KernelSpec:
         and "raw" not in spec.flags
         and Parts(spec).whole_rows
     ):
-        block = max(16, pad(spec.value_dim))
+        warps = warps if pad(spec.value_dim) <= block else max(warps, 8)
+        block = pad(spec.value_dim)
     if spec.target.startswith("hip"):
         warps = min(warps, WAVES)
     return replace(spec, block_q=chosen.chunk, block_kv=block, num_warps=warps)
