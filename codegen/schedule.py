@@ -102,7 +102,7 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
     ):
         counts[part] += rows // 2
     if part in counts and not parts.around.empty:
-        counts[part] += (2 * rows + chunk * pad(parts.spec.key_dim)) * (2 if part == "prepare" else 1)
+        counts[part] += (2 * rows + chunk * pad(parts.spec.key_dim)) * (2 if part in ("prepare", "states") else 1)
     if early and part == "grad_states":
         counts[part] += 3 * max(blocks - 2, 0) * rows
     found = counts.get(part, 0) if delta or part not in ("prepare", "grad_transform") else 0
