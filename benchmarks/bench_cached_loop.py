@@ -41,7 +41,7 @@ def main() -> None:
         "subquad": subquad.rewrite(generate),
         "subquad, drafts": subquad.rewrite(passes="speculate")(generate),
     }
-    print(machine.line())
+    print(machine.line(), flush=True)
     with torch.no_grad():
         prompts = [torch.randint(model.config.vocab_size, (1, arguments.prompt)) for _ in range(arguments.pairs)]
         start = time.perf_counter()
@@ -50,6 +50,7 @@ def main() -> None:
             raise SystemExit(f"the loop was not rewritten: {loops['subquad'].report.refusals}")
         held(model).steps[0].decoder.compile()
         ready = time.perf_counter() - start
+        print(f"first run and programs: {ready:.0f} s", flush=True)
         loops["subquad, drafts"](model, prompts[0], 16)
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         equal = 0
@@ -61,7 +62,6 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
             equal += int(all(torch.equal(one, made[0]) for one in made))
     print(f"SmolLM2-135M-Instruct, {arguments.dtype}, {arguments.prompt} random + {arguments.tokens} greedy tokens")
-    print(f"first run and programs: {ready:.0f} s")
     print("| loop | seconds (median) | tokens/s | ratio |\n|---|---|---|---|")
     for name, found in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(seconds["original"], found, strict=True))

@@ -80,7 +80,7 @@ def main() -> None:
     model = Model(arguments.vocabulary, arguments.width, arguments.layers, 1024).eval()
     fast = subquad.rewrite(generate)
     ids = torch.randint(arguments.vocabulary, (1, arguments.prompt))
-    print(machine.line())
+    print(machine.line(), flush=True)
     with torch.no_grad():
         start = time.perf_counter()
         fast(model, ids, 8, 0.8, 50)
@@ -90,6 +90,7 @@ def main() -> None:
             raise SystemExit(f"the loop was not rewritten: {fast.report.refusals}")
         held(model).steps[0].decoder.compile()
         compiled = time.perf_counter() - start
+        print(f"first 8 tokens {first:.1f} s, programs ready after {compiled:.1f} s", flush=True)
         seconds: dict[str, list[float]] = {"original": [], "subquad": []}
         equal = 0
         for n in range(arguments.pairs):
@@ -102,10 +103,7 @@ def main() -> None:
             equal += int(torch.equal(*made))
     size = sum(p.numel() for p in model.parameters()) / 1e6
     ratio = statistics.median(a / b for a, b in zip(seconds["original"], seconds["subquad"], strict=True))
-    print(
-        f"{size:.0f}M parameters, fp32, {arguments.prompt} + {arguments.tokens} tokens, sampled; first 8 tokens {first:.1f} s, "
-        f"programs ready after {compiled:.1f} s"
-    )
+    print(f"{size:.0f}M parameters, fp32, {arguments.prompt} + {arguments.tokens} tokens, sampled")
     print("| loop | seconds (median) | tokens/s |\n|---|---|---|")
     for name, found in seconds.items():
         print(f"| {name} | {statistics.median(found):.2f} | {arguments.tokens / statistics.median(found):.1f} |")
