@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from prefix_model import PrefixStepper, random_model
 from spelled_models import tiny_llama
 from test_speculation import KNOBS, PROMPT, run
 
-from subquad.ir.decoding import Choice
+from subquad.ir.decoding import Choice, Verified
 from subquad.ir.draft import DraftTree
 from subquad.passes.speculate.draft_model import DraftModel
 from subquad.passes.speculate.recursive_drafts import ConstantBranching, StochasticBeam, conditioned
@@ -101,6 +102,19 @@ def test_rows_are_respected_by_drawn_trees() -> None:
             tree = drafting.propose(rows, depth)
             assert len(tree) <= 1 + rows, name
             assert max(tree.depths) <= depth
+
+
+def test_a_draft_that_was_cut_is_drafted_again_from_the_committed_tokens() -> None:
+    """The token behind the last verified node is the one that was drafted there, and the draft model has read it."""
+    knobs, model = Choice((), True, seeded(0, torch.device("cpu"))), drafters(5, 8)["confident chain"]
+    model = replace(model, tokens=4, confidence=0.0)
+    drafting = model.start((3, 1, 2), knobs)
+    for _ in range(3):
+        whole = drafting.propose(4, 4)
+        tokens = whole.tokens[1:3]
+        drafting.observe(Verified(whole.first(2), (0, 1), tokens, torch.zeros(2, 8)))
+    assert drafting.propose(4, 4) == model.start(drafting.tokens, knobs).propose(4, 4)
+    assert drafting.stepper.committed == [(*drafting.tokens, *drafting._drafted[:-1])]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

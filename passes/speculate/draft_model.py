@@ -94,7 +94,7 @@ class _Chain:
         if self._fed < 0:
             self._unread += len(result.tokens)
             return
-        kept = min(agreed, self._fed)
+        kept = min(agreed, self._fed, len(result.tokens) - 1)
         if self._fed > kept:
             self.stepper.rollback([self._fed - kept])
         self._unread = len(result.tokens) - kept
