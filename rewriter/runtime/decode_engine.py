@@ -320,13 +320,13 @@ class _States(dict[str, Tensor]):
 
 
 def named_states(layout: DecoderLayout, state: DecoderState) -> dict[str, Tensor]:
-    """The state tensors by placeholder name."""
+    """The state tensors by placeholder name; those of the first sites where the layout has no others."""
     named, recurrent = _States(), iter(state.recurrence.sites)
     keys = zip(state.k, state.v, strict=True)
     for names, site in zip(layout.state_names, layout.sites, strict=True):
         named.update(zip(names, next(keys) if site.kind == "kv" else next(recurrent), strict=True))
     if state.shared is not None:
         kv = (names for names, site in zip(layout.state_names, layout.sites, strict=True) if site.kind == "kv")
-        for names, *tensors in zip(kv, state.shared.k, state.shared.v, strict=True):
+        for names, *tensors in zip(kv, state.shared.k, state.shared.v, strict=False):
             named.update((f"shared_{name}", tensor) for name, tensor in zip(names, tensors, strict=True))
     return named
