@@ -167,6 +167,7 @@ def test_a_loop_that_cannot_take_drafts_back_stays_and_says_why(loop: Loop, reas
     assert fast.report.applied == []
 
 
+@pytest.mark.slow
 def test_the_program_runs_from_plain_torch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     loop = Loop(Cached(), draws=True)

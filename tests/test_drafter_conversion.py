@@ -89,7 +89,13 @@ def test_what_is_foretold_stands_beside_its_token() -> None:
     assert torch.allclose(seen.hidden @ model.lm_head.weight.T, logits[1:], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted({*TRAINED} - {"medusa"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("falcon", "kangaroo") else ())
+        for name in sorted({*TRAINED} - {"medusa"})
+    ],
+)
 def test_a_drafter_is_trained_stored_loaded_and_accepted(
     tiny_llama: Path, text: Path, tmp_path: Path, name: str
 ) -> None:
@@ -207,7 +213,9 @@ def test_attention_and_drafter_are_trained_in_one_call(tiny_llama: Path, text: P
     assert made.trained.parameters.keys() == {"medusa"}
 
 
-@pytest.mark.parametrize("name", ["hydra", "falcon", "ppd", "kangaroo", "s2d"])
+@pytest.mark.parametrize(
+    "name", ["hydra", "ppd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "kangaroo", "s2d"))]
+)
 def test_an_interruption_leaves_the_model_as_it_was_and_goes_on_to_the_same_end(
     tiny_llama: Path, text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

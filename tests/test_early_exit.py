@@ -384,7 +384,7 @@ def small(architecture: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "mistral"])
+@pytest.mark.parametrize("architecture", ["gpt2", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_other_architectures(architecture: str) -> None:
     """Blocks are found in the graph, and tokens stay."""
     model = small(architecture)
