@@ -236,7 +236,7 @@ CASES = (
     core("retrieval in two steps", hopfield, found=({"heads": 4, "head_dim": 8},) * 2),
     core("pooled queries and keys", Additive, "projection", ""),
     core("weights from a network", Synthesised, "projection"),
-    Case("convolved features", ConvolvedFeatures, picture, (), ("projection",)),
+    Case("convolved features", ConvolvedFeatures, picture, (), ("projection", "projection")),
     Case("softmax over edges", Edges, edges, (), ("no softmax",)),
     Case("chain of states", Conditioned, hidden(), (), ("no softmax",)),
     Case("mixture of experts", Experts, hidden(), (), ("projection",)),
