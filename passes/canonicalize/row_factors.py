@@ -10,6 +10,7 @@ import torch.fx
 from subquad.ir.graph import dtype_of, rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.canonicalize.emitting import emit
+from subquad.passes.recognize.guards import is_zero
 from subquad.passes.recognize.product import PRODUCTS, read_product
 
 Node = torch.fx.Node
@@ -63,9 +64,9 @@ def _change(node: Node) -> tuple[Node, Node] | None:
         pairs = [(a["a"], a["b"]), (a["b"], a["a"])]
         return next((pair for pair in pairs if _over_rows(pair[1], pair[0])), None)
     if kind(node) == "masked_fill":
-        return (a["x"], a["mask"]) if _is_zero(a["value"]) and _over_rows(a["mask"], a["x"]) else None
+        return (a["x"], a["mask"]) if is_zero(a["value"]) and _over_rows(a["mask"], a["x"]) else None
     for kept, other in ((a["a"], a["b"]), (a["b"], a["a"])):
-        if _is_zero(other) and _over_rows(a["cond"], kept):
+        if is_zero(other) and _over_rows(a["cond"], kept):
             return kept, a["cond"]
     return None
 
@@ -77,14 +78,6 @@ def _over_rows(rows: Any, p: Any) -> bool:
         and (shape_of(rows) or (0,))[-1] == 1 and (shape_of(p) or (1,))[-1] != 1
         and dtype_of(rows) in (torch.bool, dtype_of(p))
     )  # fmt: skip
-
-
-def _is_zero(value: Any) -> bool:
-    if kind(value) in ("zeros_like", "new_zeros", "zeros"):
-        return True
-    while kind(value) in ("scalar_tensor", "full", "full_like"):
-        value = arguments(value)["value"]
-    return isinstance(value, int | float) and value == 0
 
 
 def _softmax_behind(p: Any) -> Node | None:

@@ -78,7 +78,7 @@ def decomposed_nan_to_num(probabilities: Node) -> tuple[Node, ...]:
             if kept is not here or kind(test) not in ("isnan", "eq", "ne"):
                 continue
             condition, test = test, arguments(test)
-            if _finds_nan(condition, probabilities) and _is_zero(value):
+            if _finds_nan(condition, probabilities) and is_zero(value):
                 zeroed = True
             elif (
                 kind(condition) != "eq"
@@ -111,7 +111,8 @@ def _finds_nan(condition: Node, probabilities: Node) -> bool:
     return kind(condition) == "ne" and a["a"] is probabilities and a["b"] is probabilities
 
 
-def _is_zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
+    """True for the number zero and for a tensor that is filled with it."""
     if kind(value) in ("zeros_like", "new_zeros", "zeros"):
         return True
     while kind(value) in ("scalar_tensor", "full", "full_like"):
