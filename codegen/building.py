@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from subquad.codegen.cache import load, store
 from subquad.codegen.running import EVERY_REGISTER, spilled_early
@@ -22,6 +21,10 @@ from subquad.ir.kernel_spec import KernelSpec
 
 SHARED_LIMITS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
 """Shared memory (LDS) a block may use on each known target, in bytes."""
+
+
+ONE_THREAD = {"MLIR_DISABLE_MULTITHREADING": "1"}
+"""The environment of a process that builds beside others: its passes are not handed to threads of their own."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def build(kernel_spec: KernelSpec) -> BuildReport:
         raise ValueError(f"The target {target!r} is unknown; choose one of {', '.join(SHARED_LIMITS)}.")
     try:
         import triton
+        from triton import knobs
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError:
@@ -76,12 +80,14 @@ def build(kernel_spec: KernelSpec) -> BuildReport:
     def made(extra: dict[str, int]) -> BuildReport:
         begin = time.perf_counter()
         text = ASTSource(function, signature=signature, constexprs={}, attrs=attributes)
-        compiled = triton.compile(text, target=gpu, options=options | extra)
+        with knobs.compilation.scope():
+            knobs.compilation.store_binary_only = True  # printing every stage would take a tenth of the time
+            compiled = triton.compile(text, target=gpu, options=options | extra)
         seconds = time.perf_counter() - begin
         temporary = binary.with_suffix(".partial")
         temporary.write_bytes(compiled.asm[kind])
         temporary.replace(binary)
-        registers, spills = _cuda_usage(binary) if backend == "cuda" else _hip_usage(compiled.asm)
+        registers, spills = _cuda_usage(binary) if backend == "cuda" else _hip_usage(compiled.asm[kind])
         return BuildReport(binary, compiled.metadata.shared, registers, spills, seconds, SHARED_LIMITS[target])
 
     report = made({})
@@ -101,7 +107,7 @@ def build_all(specs: Sequence[KernelSpec], processes: int | None = None) -> Iter
     made: dict[tuple[str, str, int, int], BuildReport] = {}
     count = min(processes or len(os.sched_getaffinity(0)), len(distinct))
     with (
-        ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+        ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), os.environ.update, (ONE_THREAD,))
         if count > 1
         else nullcontext() as pool
     ):
@@ -132,8 +138,14 @@ def _cuda_usage(binary: Path) -> tuple[int | None, int | None]:
     return (int(found[1]), int(found[2]) + int(found[3])) if found else (None, None)
 
 
-def _hip_usage(assembly: dict[str, Any]) -> tuple[int | None, int | None]:
-    """(vector registers, spilled vector registers) from the kernel's metadata in the assembly text."""
-    text = assembly.get("amdgcn", "")
-    registers, spills = re.search(r"\.vgpr_count:\s*(\d+)", text), re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
-    return int(registers[1]) if registers else None, int(spills[1]) if spills else None
+def _hip_usage(binary: bytes) -> tuple[int | None, int | None]:
+    """(vector registers, spilled vector registers) from the metadata note of a code object, a map in MessagePack."""
+
+    def number(key: bytes) -> int | None:
+        before, found, behind = binary.partition(key)
+        if not found:
+            return None
+        size = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(behind[0], 0)
+        return int.from_bytes(behind[1 : 1 + size], "big") if size else behind[0]
+
+    return number(b".vgpr_count"), number(b".vgpr_spill_count")

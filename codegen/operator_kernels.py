@@ -59,7 +59,6 @@ def _recurrence(base: KernelSpec) -> list[KernelSpec]:
     if admits(what, base.dtype, base.key_dim * base.feature_dim):
         flags = (*base.flags, *valid, *(() if what.causal else ("raw",)))
         add(replace(base, flags=flags), forward_parts(what))
-        add(replace(base, flags=(*flags, "state")), forward_parts(what))
         if not what.causal:
             add(replace(base, flags=(*base.flags, "reverse")), forward_parts(what))
         elif not what.window:

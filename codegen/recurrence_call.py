@@ -71,7 +71,6 @@ def recurrence_forward(given: Arguments, schedule: Schedule | None = None) -> tu
         run.forward(made)
         run.forward(run.from_behind(made, out))
     elif given["cu_seqlens"] is None and length <= STEP and schedule is None:
-        _fill_state(made)
         made.run("step")
     else:
         run.forward(made)
@@ -109,7 +108,7 @@ def _surrounded(given: Arguments, schedule: Schedule | None) -> tuple[Tensor, ..
 def _prepared(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None, extra: dict[str, Any]) -> run.Pass:
     q, k, v = given["q"], given["k"], given["v"]
     batch, length, heads, _ = q.shape
-    flags = [name for name in ("valid", "state") if given[name] is not None]
+    flags = ["valid"] if given["valid"] is not None else []
     flags += ["gate"] if what.window and given["window_gate"] is not None else []
     spec = replace(base_spec(given), flags=tuple(flags))
     chosen = schedule or recurrence_schedule(spec)
@@ -168,10 +167,3 @@ def _windowed(given: Arguments, what: RecurrenceSpec, schedule: Schedule | None)
 
 def _picked(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order.view(*order.shape, *([1] * (x.dim() - 2))).expand(-1, -1, *x.shape[2:]))
-
-
-def _fill_state(made: run.Pass) -> None:
-    """The token-by-token kernel always reads a state: one of zeros where none was given."""
-    for name, like in (("state_ptr", "final_ptr"), ("state_sum_ptr", "final_sum_ptr")):
-        if name not in made.values and like in made.values:
-            made.values[name] = torch.zeros_like(made.values[like])

@@ -71,7 +71,7 @@ def composed(given: Arguments, schedule: Schedule | None = None) -> tuple[Tensor
     beta = given["beta"]
     if beta is not None and beta.shape[2] != heads:
         beta = beta.repeat_interleave(heads // beta.shape[2], 2)
-    flags = tuple(name for name, there in (("valid", valid is not None), ("state", state is not None)) if there)
+    flags = () if valid is None else ("valid",)
     wide = torch.float32 if q.dtype == torch.float16 else q.dtype  # features may leave the range of fp16
     phi_q, phi_k, v = (x.to(wide) for x in (phi_q, phi_k, v))
     spec = run.core_spec(what, phi_q, phi_q.shape[3], value_dim, flags)
@@ -179,7 +179,7 @@ class Core(torch.autograd.Function):
         values |= {"valid_ptr": mask}
         if state is not None:
             values["state_ptr"] = state.float().contiguous()
-            values["state_sum_ptr"] = None if sums is None else sums.float().contiguous()
+            values |= {} if sums is None else {"state_sum_ptr": sums.float().contiguous()}
         made = run.raw(run.prepared(spec, rows, schedule, heads, values))
         needs = wanted or not any(ctx.needs_input_grad)
         ctx.passes = [made] if made.what.causal else [made, run.from_behind(made)]
@@ -197,8 +197,7 @@ class Core(torch.autograd.Function):
             more = run.backward(other, do, dmass, torch.zeros_like(dfinal), torch.zeros_like(dfinal_sum))
             found |= {name: found[name] + more[name] for name in ("dq", "dk", "dv", "dg") if name in found}
         dk, dv = (grouped(found[name], values[f"{name[1]}_heads"]) for name in ("dk", "dv"))
-        state = found["dinitial"] if "state" in first.spec.flags else None
-        sums = found.get("dinitial_sum") if values.get("state_sum_ptr") is not None else None
+        state, sums = (found.get(name) if values["has_state"] else None for name in ("dinitial", "dinitial_sum"))
         return None, None, None, None, None, found["dq"], dk, dv, found.get("dg"), found.get("dbeta"), state, sums
 
 

@@ -106,6 +106,11 @@ def sum_cells(parts: Parts, block: Block, place: str) -> tuple[str, str]:
     return f"({place}) * {parts.features} + {block.offset} + {rows}", f"{rows} < {block.width}"
 
 
+def initial(pointer: str, cells: str, ok: str) -> str:
+    """The value a state starts from: what is in memory if the call has a state, else zeros, without reading the pointer."""
+    return f"tl.load({pointer} + {cells}, mask=tl.where(has_state != 0, {ok}, False), other=0.0)"
+
+
 def first_only(ok: str, axis: int) -> str:
     """A mask that holds only in the first program along one axis of the grid."""
     return f"tl.where(tl.program_id({axis}) == 0, {ok}, False)"
@@ -229,8 +234,7 @@ def states(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         own_sum, sum_ok = sum_cells(parts, block, "n * heads + h")
         chunk_sum, _ = sum_cells(parts, block, "(first_chunk + i) * heads + h")
         sum_ok = first_only(sum_ok, 0)
-        start = f"tl.load(state_ptr + {own}, mask={ok}, other=0.0)" if "state" in parts.spec.flags else ""
-        begin.append(f"S{i} = {start or f'tl.zeros([{block.pad}, {parts.value_block}], tl.float32)'}")
+        begin.append(f"S{i} = {initial('state_ptr', own, ok)}")
         keep.append(f"tl.store(states_ptr + {chunk}, S{i}, mask={ok})")
         advance += parts.feature("k", block) + parts.decays(block)
         if parts.delta:
@@ -244,10 +248,7 @@ def states(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         advance.append(f"S{i} = {parts.aged(f'S{i}', block)} + {product}")
         end.append(f"tl.store(final_ptr + {own}, S{i}, mask={ok})")
         if parts.sums:
-            start = (
-                f"tl.load(state_sum_ptr + {own_sum}, mask={sum_ok}, other=0.0)" if "state" in parts.spec.flags else ""
-            )
-            begin.append(f"z{i} = {start or f'tl.zeros([{block.pad}], tl.float32)'}")
+            begin.append(f"z{i} = {initial('state_sum_ptr', own_sum, sum_ok)}")
             keep.append(f"tl.store(sums_ptr + {chunk_sum}, z{i}, mask={sum_ok})")
             advance.append(f"z{i} = {parts.aged(f'z{i}', block, vector=True)} + tl.sum({parts.sunk(k, block)}, axis=0)")
             end.append(f"tl.store(final_sum_ptr + {own_sum}, z{i}, mask={sum_ok})")
@@ -267,11 +268,9 @@ def states(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     arguments = inputs(parts, "k", *([] if parts.delta else ["v"]))
     if parts.delta:
         arguments += [("w_ptr", element(parts)), ("u_ptr", element(parts)), ("corrected_ptr", element(parts))]
-    arguments += [("state_ptr", "*fp32")] if "state" in parts.spec.flags else []
-    arguments += [("states_ptr", between(parts)), ("final_ptr", "*fp32")]
+    arguments += [("has_state", "i32"), ("state_ptr", "*fp32"), ("states_ptr", between(parts)), ("final_ptr", "*fp32")]
     if parts.sums:
-        arguments += [("state_sum_ptr", "*fp32")] if "state" in parts.spec.flags else []
-        arguments += [("sums_ptr", "*fp32"), ("final_sum_ptr", "*fp32")]
+        arguments += [("state_sum_ptr", "*fp32"), ("sums_ptr", "*fp32"), ("final_sum_ptr", "*fp32")]
     rule = "S <- e^(G_last) S + (e^(G_last - G) phi(k))^T values"
     return f"{rule}{', values = u - w S' if parts.delta else ''}; S before each chunk is kept", arguments, body
 

@@ -115,6 +115,10 @@ def prepared(spec: KernelSpec, rows: Rows, schedule: Schedule, heads: int, value
     if parts.sums:
         found["sums_ptr"] = made.empty(chunks, heads, features)
         found["final_sum_ptr"] = made.empty(rows.count, heads, features)
+    found.setdefault("has_state", int("state_ptr" in found))
+    for name, like in (("state_ptr", "final_ptr"), ("state_sum_ptr", "final_sum_ptr")):
+        if like in found:
+            found.setdefault(name, found[like])  # a pointer that is not read
     return made
 
 
@@ -137,8 +141,8 @@ def from_behind(made: Pass, output: Tensor | None = None) -> Pass:
     """The pass over the same rows from the last token to the first, which adds to what the raw pass `made` has read: in
     the same tensors, or with normaliser and scale in `output`.
     """
-    flags = {*made.spec.flags, "reverse"} - {"state"} - (set() if output is None else {"raw"})
-    values = made.values | {"part_ptr": made.values["o_ptr"], "part_mass_ptr": made.values["mass_ptr"]}
+    flags = {*made.spec.flags, "reverse"} - (set() if output is None else {"raw"})
+    values = made.values | {"has_state": 0, "part_ptr": made.values["o_ptr"], "part_mass_ptr": made.values["mass_ptr"]}
     values |= {} if output is None else {"o_ptr": output}
     return prepared(replace(made.spec, flags=tuple(flags)), made.rows, made.schedule, made.heads, values)
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from subquad.codegen.loading import epilogue_arguments
-from subquad.codegen.recurrence_forward import element, first_only, inputs, output_lines, state_cells, sum_cells
+from subquad.codegen.recurrence_forward import (
+    element,
+    first_only,
+    initial,
+    inputs,
+    output_lines,
+    state_cells,
+    sum_cells,
+)
 from subquad.codegen.recurrence_parts import Parts
 from subquad.codegen.recurrence_window import combine
 from subquad.codegen.text import Argument, fill
@@ -47,7 +55,7 @@ def step(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         i = block.index
         own, ok = state_cells(parts, block, "n * heads + h")
         own_sum, sum_ok = sum_cells(parts, block, "n * heads + h")
-        begin.append(f"S{i} = tl.load(state_ptr + {own}, mask={ok}, other=0.0)")
+        begin.append(f"S{i} = {initial('state_ptr', own, ok)}")
         tiles += [
             *parts.feature("q", block),
             f"q{i} = tl.sum(q{i}, axis=0)",
@@ -69,7 +77,7 @@ def step(parts: Parts) -> tuple[str, list[Argument], list[str]]:
         advance.append(f"read += tl.sum(q{i}[:, None] * S{i}, axis=0)[None, :]")
         end.append(f"tl.store(final_ptr + {own}, S{i}, mask={ok})")
         if parts.sums:
-            begin.append(f"z{i} = tl.load(state_sum_ptr + {own_sum}, mask={sum_ok}, other=0.0)")
+            begin.append(f"z{i} = {initial('state_sum_ptr', own_sum, sum_ok)}")
             how = {"none": "", "scalar": " * tl.exp(g)", "channel": f" * tl.exp(g{i})"}[parts.decay]
             advance += [f"z{i} = z{i}{how} + k{i}", f"mass += tl.sum(q{i} * z{i}, axis=0)"]
             end.append(f"tl.store(final_sum_ptr + {own_sum}, z{i}, mask={first_only(sum_ok, 0)})")
@@ -90,7 +98,7 @@ def step(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     arguments = [one for one in inputs(parts, "q", "k", "v") if one[0] not in ("G_ptr", "chunks_ptr", "owner_ptr")]
     arguments += [("g_ptr", "*fp32"), ("g_heads", "i32")] if parts.decay != "none" else []
     arguments += [("beta_ptr", "*fp32"), ("b_heads", "i32")] if parts.delta else []
-    arguments += [("state_ptr", "*fp32"), ("final_ptr", "*fp32")]
+    arguments += [("has_state", "i32"), ("state_ptr", "*fp32"), ("final_ptr", "*fp32")]
     arguments += [("state_sum_ptr", "*fp32"), ("final_sum_ptr", "*fp32")] if parts.sums else []
     return (
         "S <- e^g S; S <- S + phi(k) (beta) (v (- phi(k) S)); o = phi(q) S",

@@ -10,7 +10,7 @@ OPS = ("softmax_attention", "recurrence")
 DTYPES = ("float32", "float16", "bfloat16")
 FLAGS = (
     "base", "bias", "gate", "grad_bias", "lengths", "live", "pages", "partial", "positions", "q_positions", "raw", "reverse",
-    "shared", "sinks", "state", "top", "valid",
+    "shared", "sinks", "top", "valid",
 )  # fmt: skip
 TABLES = ("int8", "int64")
 
