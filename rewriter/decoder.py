@@ -33,7 +33,7 @@ from subquad.runtime.tree_stepper import PromptCache, TreeStepper
 
 Report = Callable[[int, int], None]
 SHARED = {"joined", "branch"}
-"""Schedules of rows that share keys, if a model has them; they run operation by operation always."""
+"""Schedules of rows that share keys, if a model has them, for calls that no width class takes."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from subquad.runtime.schedule_file import read_schedules
 from subquad.tensor_file import TensorFile
 from subquad.weight_storage import Packing, room
 
-FORMAT = 5
+FORMAT = 6
 GRAPHS = "decoder.json"
 TENSORS = "decoder.safetensors"
 

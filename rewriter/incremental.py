@@ -56,9 +56,10 @@ def divided(graph: StepGraph, tensors: dict[str, Tensor]) -> tuple[DecoderProgra
     graphs |= {name: copied(module) for name, module in graph.shared.items()}
     for module in graphs.values():
         fuse_projections(module, groups)
-    _narrow(graphs["step"].graph.nodes)
+    for name in {"step", "joined"} & graphs.keys():
+        _narrow(graphs[name].graph.nodes)
     _narrow(next(iter(reversed(graphs["first"].graph.nodes))).args[0][:1])  # type: ignore[index]
-    graphs |= {"one": one_token_graph(graphs["step"]), "few": few_token_graph(graphs["step"])}
+    graphs |= {"one": one_token_graph(graphs["step"]), "few": few_token_graph(graphs["step"], graphs.get("joined"))}
     return DecoderPrograms(graph.layout, {name: cut(g) for name, g in graphs.items()}), packing
 
 

@@ -13,6 +13,7 @@ from subquad.decoder import DecoderPrograms
 from subquad.runtime.decode_engine import DecodeEngine, executor
 from subquad.runtime.layout import DecoderLayout
 from subquad.runtime.schedule import InputForm, Program, Runner, Varying
+from subquad.runtime.state import Recurrence, SharedKeys, key_buffers
 from subquad.runtime.width_class import WidthClass
 from subquad.weight_storage import TensorForm
 
@@ -21,12 +22,14 @@ Seen = dict[str, list[tuple[Form, ...]]]
 
 
 class _Probe(NamedTuple):
-    """One call: rows, tokens a row, columns after it, and columns that there is room for."""
+    """One call: rows, tokens a row, columns after it, columns that there is room for, and nodes and slots that rows share."""
 
     batch: int
     width: int
     total: int
     capacity: int
+    nodes: int = 0
+    slots: int = 0
 
 
 def find_forms(programs: DecoderPrograms, weights: Mapping[str, TensorForm]) -> None:
@@ -46,8 +49,9 @@ def _probes(one: WidthClass, layout: DecoderLayout) -> tuple[_Probe, _Probe]:
     short = longest // 2
     if one.most == 1:
         return _Probe(1, 1, short, 256), _Probe(1, 1, longest, 512)
-    widths = (short, longest) if one.start else (3, 5)
-    return _Probe(2, widths[0], short, 256), _Probe(3, widths[1], longest, 512)
+    if one.start:
+        return _Probe(2, short, short, 256), _Probe(3, longest, longest, 512)
+    return _Probe(2, 3, short, 256, 6, 34), _Probe(3, 5, longest, 512, 7, 66)
 
 
 def _observed(
@@ -60,8 +64,19 @@ def _observed(
         engine = DecodeEngine(programs.layout, {}, device)
         recording = executor(schedule, fake, {p.key: _recording(p, seen) for p in schedule.programs()})
         ids = torch.zeros(probe.batch, probe.width, dtype=torch.int64, device=device)
-        engine.probe(recording, engine.start(probe.batch, probe.capacity), ids, probe.total - probe.width)
+        state = engine.start(probe.batch, probe.capacity)
+        if probe.nodes:
+            state.shared = _shared(programs.layout, probe, state.recurrence, device)
+        engine.probe(recording, state, ids, probe.total - probe.width)
     return seen
+
+
+def _shared(layout: DecoderLayout, probe: _Probe, recurrence: Recurrence, device: torch.device) -> SharedKeys:
+    """Keys that rows share, of these sizes."""
+    _, k, v = key_buffers(layout, (probe.slots,), device)
+    places = torch.zeros(probe.slots, dtype=torch.int64, device=device)
+    nodes = torch.zeros(probe.nodes, 5, dtype=torch.int64)
+    return SharedKeys(k, v, places, nodes, (0,) * probe.batch, recurrence)
 
 
 def _recording(program: Program, seen: Seen) -> Runner:

@@ -19,9 +19,10 @@ Node = torch.fx.Node
 
 
 class SharedSites(StepSites):
-    """Sites of a step of rows without padding, of which a softmax reads shared nodes too.
+    """Sites of a step of rows of which a softmax reads shared nodes too; without nodes it is the step of plain rows.
 
-    Every query comes after all of its nodes, so that of a mask only what `behind` leaves is evaluated over them.
+    Nodes hold no padding and every query comes after all of its nodes, so that of a mask only what `behind` leaves is evaluated
+    over them.
     """
 
     def __init__(
@@ -69,18 +70,16 @@ class SharedSites(StepSites):
         return call(torch.ops.aten.unsqueeze.default, (self._strung(joined), 0))
 
     def _softmax(self, site: Node, named: dict[str, Any], mapping: dict[Node, Node], state: list[Node]) -> None:
-        mask = self._mask(site)
         if not self.fresh:
             super()._softmax(site, named, mapping, state)
-            tree = SoftmaxSpec.parse(named["spec"]).mask.rpartition(" & ")[2]  # type: ignore[union-attr]
-            mask = tree if mask is None else f"{mask} & {tree}"
-        else:
-            self._written(site, mapping, state)
-            given = operator_arguments(site)
-            for name in ("k", "v"):
-                named[name] = [self._by_row(given[name][0], mapping[given[name][0]])]
-            if not moves_along(mask):
-                named["positions"], named["q_positions"] = [self.shared["queries"]], self.shared["queries"]
+            return
+        mask = self._mask(site)
+        self._written(site, mapping, state)
+        given = operator_arguments(site)
+        for name in ("k", "v"):
+            named[name] = [self._by_row(given[name][0], mapping[given[name][0]])]
+        if not moves_along(mask):
+            named["positions"], named["q_positions"] = [self.shared["queries"]], self.shared["queries"]
         named["spec"] = replace(SoftmaxSpec.parse(named["spec"]), mask=mask).json()
 
     def _mask(self, site: Node) -> str | None:

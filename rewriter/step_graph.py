@@ -13,7 +13,7 @@ STREAM = "stream"
 """Key in a node's meta: the value is [batch, tokens, ...] and the graph may be cut behind it."""
 PROMPT_INPUTS = ("columns",)
 STEP_INPUTS = ("columns", "rows", "places", "queries", "keys", "tree", "real")
-SHARED_INPUTS = (*STEP_INPUTS, "nodes")
+SHARED_INPUTS = (*STEP_INPUTS, "nodes", "slots")
 WRITES = (torch.ops.aten.index_copy_.default, torch.ops.aten.index_put_.default)
 """The operations by which a graph writes to buffers."""
 
@@ -47,8 +47,9 @@ class StepGraph:
     come before a token, itself included), `real` bool [B, w] (False for a token that recurrent states shall not see), tables,
     pasts [1, N] and states as above.
     shared: the same step for rows that share keys; empty when they cannot.  "joined": keys and values are those of shared nodes
-    and the row's own; beside the above, `nodes` int64 [n, 5] (see kernels.prefix_attention) and per softmax site i
-    `shared_k_i`, `shared_v_i` [slots, heads, dim].  "branch": the rows have no keys of their own yet.  No row has padding.
+    and the row's own; beside the above, `nodes` int64 [n, 5] (see kernels.prefix_attention), `slots` int64 [slots] (the column
+    that each slot of the nodes holds) and per softmax site i `shared_k_i`, `shared_v_i` [slots, heads, dim]; rows with padding
+    have no nodes.  "branch": the rows have no keys of their own yet, and no padding.
     All return the logits [B, T or 1, N, vocabulary] and the new recurrent states; buffers are written in place.
     """
 

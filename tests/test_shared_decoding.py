@@ -19,6 +19,7 @@ from subquad.incremental import Decoder, decoder
 from subquad.ir.draft import DraftTree
 from subquad.ir.errors import GenerationError
 from subquad.runtime import sharing_plan, tree_stepper
+from subquad.runtime.decode_engine import executor
 from subquad.runtime.key_tree import separate
 from subquad.runtime.prefix_tree import find_sharing
 from subquad.runtime.shared_prompt import run_shared
@@ -125,6 +126,33 @@ def test_two_levels_are_stored_once(kind: str) -> None:
     if state.pools:
         assert state.pools[0].shape[2] < 11 + 16  # own slots only
         assert sum(t.shape[0] for t in state.shared.k[:1]) == 19
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("eager_plans")
+def test_what_is_compiled_for_few_tokens_serves_rows_with_and_without_shared_keys(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made(kind)
+    monkeypatch.setitem(one.engine.compiled, "few", executor(one.programs.schedules["few"], one.weights))
+    monkeypatch.delitem(one.engine.eager, "joined")
+    root = [5 + n % 30 for n in range(11)]
+    middles = [[3, 4, 5, 6], [9, 8, 7, 9]]
+    rows = [root + middles[n % 2] + [10 + n, 11, 12 + n][: 1 + n % 3] for n in range(4)] + [[40, 41], [*root, 30]]
+    plan = follow(one, rows)
+    assert plan.once
+    assert plan.sharing is not None
+    assert sorted(plan.sharing.shared.tolist()) == [0, 11, 15, 15, 15, 15]
+    if one.trees:
+        sharing = find_sharing(*padded(rows), least=1)
+        _, state, _ = run_shared(one.engine, *padded(rows), sharing, 40)
+        check_tree(one, [list(rows[row]) for row in sharing.order], [0] * 6, state, 3)
+    plain = [row[-6:] for row in rows[:4]] if kind == "own" else rows
+    state = one.prefill(*padded(plain)[: 1 if kind == "own" else 2])[1]
+    got = one.step(torch.full((len(plain), 1), 9), state)
+    one.rollback(state, 1)
+    monkeypatch.delitem(one.engine.compiled, "few")
+    assert (one.step(torch.full((len(plain), 1), 9), state) - got).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("kind", ["llama", "own", "sliding"])

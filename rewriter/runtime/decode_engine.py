@@ -231,9 +231,15 @@ class DecodeEngine:
 
     def stepping(self, state: DecoderState, rows: int) -> Executor:
         """What runs `rows` tokens in all behind those of a state."""
-        if state.shared is not None:
-            return self.eager["joined"]
-        return self._compiled(1, rows) or self.eager["step"]
+        found = self._compiled(1, rows)
+        if state.shared is None:
+            return found or self.eager["step"]
+        return found if found is not None and self.joins(found) else self.eager["joined"]
+
+    def joins(self, chosen: Executor) -> bool:
+        """Whether an executor of steps reads keys and values that rows share."""
+        reads = {*chosen.reads, *chosen.schedule.raw}
+        return "nodes" in reads or all(site.kind != "kv" for site in self.layout.sites)
 
     def _compiled(self, before: int, rows: int) -> Executor | None:
         for one in self.layout.classes:

@@ -10,7 +10,7 @@ from torch import Tensor
 from subquad.kernels.recurrence_forms import recurrence_torch
 from subquad.kernels.visibility import predicate_env, visibility
 
-FORMS = ("visible_keys", "visible_pairs", "recur")
+FORMS = ("visible_keys", "visible_pairs", "visible_slots", "recur")
 
 
 def visible_keys(columns: Tensor, keys: Tensor, tables: Sequence[Tensor], scalars: Sequence[int], mask: str) -> Tensor:
@@ -31,6 +31,13 @@ def visible_pairs(
     tree: bool [B, w, S], what comes before a query at all.
     """
     return (_evaluated(queries, keys, tables, scalars, mask) & tree).contiguous()
+
+
+def visible_slots(
+    queries: Tensor, slots: Tensor, tables: Sequence[Tensor], scalars: Sequence[int], mask: str
+) -> Tensor:
+    """Bool [B, w, N]: which of the shared slots that hold the columns `slots` [N] the queries at the columns [B, w] see."""
+    return _evaluated(queries, slots[None], tables, scalars, mask).contiguous()
 
 
 def _evaluated(queries: Tensor, keys: Tensor, tables: Sequence[Tensor], scalars: Sequence[int], mask: str) -> Tensor:

@@ -41,6 +41,7 @@ class KeyTree:
         """slots: tokens of all nodes together."""
         self.layout, self.device = layout, device
         self.pools, self.k, self.v = key_buffers(layout, (slots,), device)
+        self.places = torch.zeros(slots, dtype=torch.int64, device=device)
         self.nodes: list[TreeNode] = []
         self._recurrent: list[tuple[tuple[Tensor, ...], ...]] = []
         self._used = 0
@@ -49,9 +50,11 @@ class KeyTree:
         """The number of a new node of these tokens int64 [l] behind another, or None for one that begins a row."""
         path = () if parent is None else self.nodes[parent].path
         start = self.nodes[parent].stop if parent is not None else 0
-        self.nodes.append(TreeNode(self._used, start, tokens, (*path, len(self.nodes))))
+        first, behind = self._used, self._used + int(tokens.shape[0])
+        self.nodes.append(TreeNode(first, start, tokens, (*path, len(self.nodes))))
+        self.places[first:behind] = torch.arange(start, start + behind - first)
         self._recurrent.append(())
-        self._used += int(tokens.shape[0])
+        self._used = behind
         return len(self.nodes) - 1
 
     def rows(self, above: Sequence[int | None], room: int) -> DecoderState:
@@ -73,7 +76,7 @@ class KeyTree:
         state.lengths = list(columns)
         state.recurrence = self._after(above, state.recurrence)._replace(columns=tuple(columns))
         nodes = torch.tensor(table, dtype=torch.int64).view(-1, 5)
-        state.shared = SharedKeys(self.k, self.v, nodes, tuple(columns), state.recurrence)
+        state.shared = SharedKeys(self.k, self.v, self.places, nodes, tuple(columns), state.recurrence)
         return state
 
     def fill(self, number: int, state: DecoderState, row: int) -> None:

@@ -11,7 +11,7 @@ from subquad.ir.probes import counts_behind
 from subquad.runtime.pass_costs import PassCosts
 
 MOST = 16
-"""Tokens that a pass may feed: the widest for which a decoder is compiled."""
+"""Tokens that a pass may feed in all rows together."""
 MARGIN = 1.03
 """A draft must promise, and speculation must keep, this much more than plain decoding; drafting itself costs about as much."""
 LOSS, LEAST_LOSS = 3.0, 0.5

@@ -131,6 +131,10 @@ class StepInputs:
         shared = self.state.shared
         return torch.empty(0, 5, dtype=torch.int64) if shared is None else shared.nodes
 
+    def _slots(self) -> Tensor:
+        shared = self.state.shared
+        return self.state.arange[:0] if shared is None else shared.places
+
     def _tree(self) -> Tensor:
         tokens, (batch, width) = self.tokens, self.tokens.ids.shape
         slots = self.state.arange[: tokens.slots]
@@ -153,6 +157,7 @@ _VALUES: dict[str, Callable[[StepInputs], Tensor]] = {
     "tree": StepInputs._tree,
     "real": StepInputs._real,
     "nodes": StepInputs._nodes,
+    "slots": StepInputs._slots,
 }
 
 

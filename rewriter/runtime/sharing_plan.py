@@ -19,8 +19,9 @@ LEAST = 16
 GAIN = 0.95
 """Share of the tokens of a padded batch above which nothing is shared."""
 WORTH = 2**28
-"""Bytes of keys and values that a decoding step must save before it does without compiled programs; those read them in the
-time that the operations between attention lose when they run one by one (12 ms a step of SmolLM2 on two cores)."""
+"""Bytes of keys and values that a decoding step must save before it does without compiled programs, where those cannot read
+shared keys; they read them in the time that the operations between attention lose when they run one by one (12 ms a step of
+SmolLM2 on two cores)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class SharingPlan:
     def decided(self, token_bytes: int, compiled_rows: int) -> SharingPlan:
         """The plan with `once` decided.
 
-        token_bytes: bytes of keys and values of a token.  compiled_rows: most rows that a compiled step takes, 0 without one.
+        token_bytes: bytes of keys and values of a token.  compiled_rows: most rows that a compiled step takes which cannot
+        read shared keys, 0 without one.
         """
         if self.sharing is None or not self.sharing.nodes:
             return self

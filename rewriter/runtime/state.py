@@ -34,13 +34,14 @@ class Recurrence(NamedTuple):
 class SharedKeys:
     """Keys and values that rows have in common: a tree of nodes, each stored once.
 
-    k, v: per KV site [slots, Hkv, K|V], the slots of all nodes.  nodes: int64 [n, 5] on the CPU, see kernels.prefix_attention;
-    rows are those of the state.  columns: of each row, how many lie in nodes; they are its first.  recurrence: the recurrent
-    states of the rows behind them.
+    k, v: per KV site [slots, Hkv, K|V], the slots of all nodes.  places: int64 [slots], the column that each holds.  nodes: int64
+    [n, 5] on the CPU, see kernels.prefix_attention; rows are those of the state.  columns: of each row, how many lie in nodes;
+    they are its first.  recurrence: the recurrent states of the rows behind them.
     """
 
     k: list[Tensor]
     v: list[Tensor]
+    places: Tensor
     nodes: Tensor
     columns: tuple[int, ...]
     recurrence: Recurrence
@@ -300,7 +301,7 @@ def chosen_rows(shared: SharedKeys, rows: Sequence[int]) -> SharedKeys:
     nodes = torch.tensor(sorted(found, key=lambda node: node[2]), dtype=torch.int64).view(-1, 5)
     index = torch.tensor(list(rows), dtype=torch.int64)
     columns = tuple(shared.columns[row] for row in rows)
-    return SharedKeys(shared.k, shared.v, nodes, columns, _selected(shared.recurrence, rows, index))
+    return SharedKeys(shared.k, shared.v, shared.places, nodes, columns, _selected(shared.recurrence, rows, index))
 
 
 def runs_of(flags: Sequence[bool]) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from subquad.runtime.radix_tree import Keys
 from subquad.runtime.shared_prompt import KnownPrefixes, run_shared
 from subquad.runtime.sharing_plan import SharingPlan, plan_sharing
 from subquad.runtime.state import DecoderState
+from subquad.runtime.width_class import FEW
 
 Row = TypeVar("Row")
 
@@ -102,8 +103,8 @@ class TreeStepper:
         rows, tokens = ids.shape[0], ids.numel()
         if not self.engine.shares:
             return SharingPlan(rows, tokens, tokens, None, "the model reads the log-sum-exp of an attention"), None
-        compiled = next((one.most for one in self.engine.layout.classes if one.name == "few"), 0)
-        compiled = compiled if "few" in self.engine.compiled else 0
+        few = self.engine.compiled.get("few")
+        compiled = 0 if few is None or self.engine.joins(few) else FEW
         plan = SharingPlan(rows, tokens, tokens, None, "sharing was turned off")
         if self.share:
             plan = plan_sharing(ids, mask).decided(self.engine.layout.token_bytes, compiled)

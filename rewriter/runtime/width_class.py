@@ -25,6 +25,8 @@ class WidthClass:
         return self.start == (before == 0) and self.least <= rows <= self.most
 
 
+FEW = 64
+"""Tokens up to which a step is compiled; at most one chunk of the recurrence."""
 PROMPT = 512
 """Tokens up to which a prompt is compiled.  Compiled attention holds the scores of all its queries and keys; operation by
 operation it goes through them in blocks."""
@@ -38,6 +40,6 @@ def width_classes(recurrent: bool) -> tuple[WidthClass, ...]:
     """
     return (
         WidthClass("one", False, 1, 1),
-        WidthClass("few", False, 2, 16),
+        WidthClass("few", False, 2, FEW),
         WidthClass("first", True, 2, CHUNK if recurrent else PROMPT),
     )
