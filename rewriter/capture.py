@@ -21,7 +21,7 @@ from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, g
 from subquad.capture_objects import Objects, objects_among, tensors_of
 from subquad.capture_outputs import adapted_forward
 from subquad.capture_patches import capturable
-from subquad.capture_tables import AssignedAttributes, Tables, attributes_kept, keeps_tensors, tables_of
+from subquad.capture_tables import AssignedAttributes, Tables, attributes_kept, fills_buffers, keeps_tensors, tables_of
 from subquad.capture_values import ValueReads, branches_on_values
 from subquad.captured import Capture, ProgramModule, ordered_inputs
 from subquad.ir.errors import CaptureError, first_line
@@ -84,14 +84,24 @@ class _Exporting:
     looked: bool = False
 
     def captured(self) -> Capture:
-        """The capture of the forward; tables in plain attributes are looked for where these hold or are given tensors."""
+        """The capture of the forward; where it holds for some lengths only, tables that the modules keep are looked for."""
+        found = None
         if not keeps_tensors(self.model):
-            try:
-                return self._captured()
-            except AssignedAttributes:
-                pass
-        self.tables, self.looked = self._tables(), True
-        return self._captured()
+            with contextlib.suppress(AssignedAttributes):
+                found = self._captured()
+            bounded = found is not None and (found.guards.conditions or found.notes)
+            if found is not None and not (bounded and fills_buffers(self.model)):
+                return found
+        tables = self._tables()
+        if found is not None and tables is None:
+            return found
+        self.tables, self.looked = tables, True
+        try:
+            return self._captured()
+        except CaptureError:
+            if found is None:
+                raise
+            return found
 
     def _captured(self) -> Capture:
         """The capture with as many symbolic axes as the forward allows, on its own or with the values it branches on."""
@@ -144,7 +154,8 @@ class _Exporting:
         kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         args, kwargs = self.objects.restored(*pytree.tree_map_only(torch.Tensor, torch.clone, given))
         try:
-            return [x for x in tensors_of(self.model(*args, **kwargs)) if x.is_floating_point()]
+            with torch.random.fork_rng(devices=[]):
+                return [x for x in tensors_of(self.model(*args, **kwargs)) if x.is_floating_point()]
         finally:
             for buffer, value in kept:
                 buffer.copy_(value)
@@ -175,7 +186,8 @@ class _Exporting:
         given = self.args, {key: value for key, value in self.kwargs.items() if key not in bound}
         shapes = self.objects.batch_and_length(*symbolic_axes(given, axes, channels_first))
         answering = contextlib.nullcontext() if reads is None else reads.capture()
-        with adapted_forward(self.model, bound, shapes, reads, self.objects, self.tables) as adapted, answering:
+        adapting = adapted_forward(self.model, bound, shapes, reads, self.objects, self.tables)
+        with attributes_kept(self.model), adapting as adapted, answering:
             program = torch.export.export(
                 self.model, *given, dynamic_shapes=_by_name(self.model, shapes) or None, strict=False
             )
@@ -188,9 +200,9 @@ class _Exporting:
             names = ", ".join(sorted(adapted.classes))
             capture.notes.append(f"the output holds {names}, rebuilt at every call from the tensors in it.")
         if adapted.tables:
-            names = ", ".join(f"`{name}`" for name in adapted.tables)
+            names = ", ".join(f"`{name}`" for name in dict.fromkeys(adapted.tables))
             capture.notes.append(
-                f"{names} depend on sizes alone; the graph makes them at every call and leaves them as they are."
+                f"what the forward keeps in {names} depends on sizes alone; the graph makes it at every call and keeps nothing."
             )
         if reads is not None:
             lines = ", ".join(dict.fromkeys(reads.lines))

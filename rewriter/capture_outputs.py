@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from subquad.capture_by_size import recomputed
 from subquad.capture_inputs import one_batch
 from subquad.capture_objects import Objects, returned
 from subquad.capture_recipes import PLAIN, Recipe, described
@@ -70,11 +71,9 @@ def adapted_forward(
         one_batch((args, kwargs), shapes)
         before = [leaf for leaves in objects.among(args, kwargs) for leaf in leaves]
         args, kwargs = objects.restored(args, kwargs)
-        with attributes_kept(model) as kept:
-            if tables is not None:
-                tables.clear()
+        with attributes_kept(model) as kept, nullcontext() if tables is None else tables.missing():
             output = forward(*args, **kwargs, **bound)
-            made = {name: new for name, *_, new in kept.changed() if isinstance(new, torch.Tensor)}
+            made = kept.tensors()
         unknown = [name for name in made if tables is None or name not in tables.names]
         if unknown:
             raise AssignedAttributes(
@@ -86,13 +85,15 @@ def adapted_forward(
         else:
             output = pytree.tree_map(functools.partial(_packed, found=found), output)
         beside = [] if reads is None else [tensor for tensor, _ in reads.answered]
-        found.tables = tuple(made)
-        return (output, [*beside, *made.values()]) if reads is not None or made else output
+        found.tables = tuple(name for name, tensors in made.items() for _ in tensors)
+        filled = [tensor for tensors in made.values() for tensor in tensors]
+        return (output, [*beside, *filled]) if reads is not None or filled else output
 
     adapted.__signature__ = _named(inspect.signature(forward), shapes)  # type: ignore[attr-defined]
     model.__dict__["forward"] = adapted
     try:
-        yield found
+        with recomputed(model):
+            yield found
     finally:
         if held:
             model.__dict__["forward"] = forward

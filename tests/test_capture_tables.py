@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from written.tables import OfThisLength, TableDecoder, Unnamed
+from written.tables import Cached, ForEach, OfThisLength, Registered, TableDecoder, Unnamed
 
 from subquad.capture import capture
 from subquad.capture_tables import attributes_kept, data_behind, tables_of
@@ -17,15 +17,24 @@ from subquad.ir.errors import CaptureError
 X = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("turn", "before"), [(OfThisLength, 0), (OfThisLength, 9), (Unnamed, 5)])
+@pytest.mark.parametrize(
+    ("turn", "before"),
+    [(OfThisLength, 0), (OfThisLength, 9), (Unnamed, 5), (Registered, 0), (Registered, 9), (ForEach, 9), (Cached, 0)],
+)
 def test_every_length_is_captured_and_the_attributes_stay(turn: Any, before: int) -> None:
     model = TableDecoder(turn, before).eval()
-    held = [dict(vars(one)) for one in model.turns]
+
+    def held() -> list[Any]:
+        return [
+            [{**vars(one), "tables": None}, dict(one._buffers), {**vars(one).get("tables", {})}] for one in model.turns
+        ]
+
+    at_first = held()
     captured = capture(model, (X,))
-    assert [dict(vars(one)) for one in model.turns] == held
+    assert held() == at_first
     assert captured.guards.sizes == {"x": (None, None, 32)}
     assert captured.guards.conditions == ()
-    assert any("depend on sizes alone" in note and "`turns.0." in note for note in captured.notes)
+    assert turn is Cached or any("depends on sizes alone" in note and "`turns.0." in note for note in captured.notes)
     for time in (3, 9, 17):
         x = torch.randn(1, time, 32)
         torch.testing.assert_close(captured.graph(x)[0], model(x))
@@ -116,6 +125,20 @@ def test_tables_are_found_by_calls_and_the_attributes_stay() -> None:
         assert set(tables.names) == {f"turns.{n}.{name}" for n in range(2) for name in ("length", "cos", "sin")}
         assert list(kept.changed()) == []
     assert tables_of(nn.Linear(32, 32), lambda x: [x], X, X, X) is None
+
+
+def test_a_dictionary_of_results_is_state() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.seen = nn.Linear(32, 32), {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.project(x)
+            return x + self.seen.setdefault("first", x.mean((0, 1)))
+
+    with pytest.raises(CaptureError, match="`seen"):
+        capture(Remembers().eval(), (X,))
 
 
 def test_sizes_are_no_data() -> None:

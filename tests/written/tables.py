@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,46 @@ class Unnamed(OfThisLength):
         return _turned(x, self.angles[:time].cos(), self.angles[:time].sin())
 
 
+class Registered(OfThisLength):
+    """A buffer that is registered anew for a longer sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angles", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time = x.shape[-2]
+        if self.angles is None or self.angles.shape[0] < time:
+            self.register_buffer("angles", _angles(time, self.rates), persistent=False)
+        return _turned(x, self.angles[:time].cos(), self.angles[:time].sin())
+
+
+class ForEach(OfThisLength):
+    """A dictionary with a table for each length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        time = x.shape[-2]
+        if time not in self.tables:
+            self.tables[time] = _angles(time, self.rates)
+        return _turned(x, self.tables[time].cos(), self.tables[time].sin())
+
+
+class Cached(OfThisLength):
+    """A method that Python caches."""
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def angles(self, time: int) -> Tensor:
+        return _angles(time, self.rates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = self.angles(x.shape[-2])
+        return _turned(x, angles.cos(), angles.sin())
+
+
 class Beside:
     """Tables of an object that is no module."""
 
@@ -110,5 +152,8 @@ CASES = [
     Case("tables of the longest, filled", lambda: TableDecoder(OfTheLongest, 6), hidden(), TWO, dialects=ANY),
     Case("tables that appear", lambda: TableDecoder(Unnamed), hidden(), TWO, dialects=ANY),
     Case("tables that have appeared", lambda: TableDecoder(Unnamed, 5), hidden(), TWO, dialects=ANY),
+    Case("a buffer for the longest", lambda: TableDecoder(Registered), hidden(), TWO, dialects=ANY),
+    Case("a table for each length", lambda: TableDecoder(ForEach), hidden(), TWO, dialects=ANY),
+    Case("a table that Python caches", lambda: TableDecoder(Cached), hidden(), TWO, dialects=ANY),
     Case("a table beside the modules", lambda: TableDecoder(None), hidden(), ({},) * 2, dialects=ANY),
 ]  # fmt: skip
