@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subquad
 from subquad.application import original_forward
-from subquad.site_oracle import allowed_error, relative_error, site_rungs
+from subquad.estimated_error import allowed_error, relative_error
+from subquad.site_oracle import site_rungs
 from subquad.verification import end_to_end_rungs, graph_output
 
 

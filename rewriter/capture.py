@@ -17,15 +17,17 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from subquad.capture_guards import fixed_size
-from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, symbolic_axes
-from subquad.capture_objects import Objects, objects_among
+from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, grown, symbolic_axes
+from subquad.capture_objects import Objects, objects_among, tensors_of
 from subquad.capture_outputs import adapted_forward
 from subquad.capture_patches import capturable
-from subquad.capture_values import ValueReads
+from subquad.capture_tables import AssignedAttributes, Tables, attributes_kept, fills_buffers, keeps_tensors, tables_of
+from subquad.capture_values import ValueReads, branches_on_values
 from subquad.captured import Capture, ProgramModule, ordered_inputs
 from subquad.ir.errors import CaptureError, first_line
 from subquad.ir.graph import shape_of
 from subquad.lifting import from_exported_program
+from subquad.redrawn_inputs import redrawn
 from subquad.traced_graph import from_symbolic_trace
 
 __all__ = ["Capture", "ProgramModule", "capture", "default_inputs", "ordered_inputs"]
@@ -71,14 +73,37 @@ class _Exporting:
     """One forward with its example arguments, on its way through torch.export.
 
     kwargs without a tensor are bound, not passed, so that export never sees them; objects are lists of their tensors.
+    tables: plain attributes that the forward fills for the sizes at hand, once they were looked for.
     """
 
     model: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     objects: Objects
+    tables: Tables | None = None
+    looked: bool = False
 
     def captured(self) -> Capture:
+        """The capture of the forward; where it holds for some lengths only, tables that the modules keep are looked for."""
+        found = None
+        if not keeps_tensors(self.model):
+            with contextlib.suppress(AssignedAttributes):
+                found = self._captured()
+            bounded = found is not None and (found.guards.conditions or found.notes)
+            if found is not None and not (bounded and fills_buffers(self.model)):
+                return found
+        tables = self._tables()
+        if found is not None and tables is None:
+            return found
+        self.tables, self.looked = tables, True
+        try:
+            return self._captured()
+        except CaptureError:
+            if found is None:
+                raise
+            return found
+
+    def _captured(self) -> Capture:
         """The capture with as many symbolic axes as the forward allows, on its own or with the values it branches on."""
         first: Exception | None = None
         for reads in self._readings():
@@ -87,9 +112,14 @@ class _Exporting:
                     capture = self._attempt(axes, reads)
                 except CaptureError:
                     raise
+                except AssignedAttributes as error:
+                    if not self.looked:
+                        raise
+                    first = first or error
+                    break
                 except Exception as error:
                     first = first or error
-                    if _branches_on_values(error):
+                    if branches_on_values(error):
                         break
                     continue
                 if axes == 2:
@@ -104,15 +134,31 @@ class _Exporting:
         """Nothing at first; then, for a forward that reads values, which a graph does not have, those of the example."""
         yield None
         reads = ValueReads()
-        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))
-        args, kwargs = self.objects.restored(args, kwargs)
-        with reads, contextlib.suppress(Exception):  # what the forward itself raises, the capture has raised before
-            self.model(*args, **kwargs)
-        for buffer, value in kept:
-            buffer.copy_(value)
+        with attributes_kept(self.model), reads, contextlib.suppress(Exception):  # the capture has raised it before
+            self._run((self.args, self.kwargs))
         if reads.known:
             yield reads
+
+    def _tables(self) -> Tables | None:
+        """The plain attributes that depend on sizes alone, found by calls of other sizes and with other content."""
+        given = self.args, self.kwargs
+        longer = grown(given, symbolic_axes(given))
+        leaves, structure = pytree.tree_flatten(given)
+        tensors = {str(n): leaf for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        drawn = redrawn(tensors, 1)
+        other = pytree.tree_unflatten([drawn.get(str(n), leaf) for n, leaf in enumerate(leaves)], structure)
+        return None if longer is None else tables_of(self.model, self._run, given, longer, other)
+
+    def _run(self, given: Any) -> list[torch.Tensor]:
+        """The floating outputs of the forward itself for the given arguments, which it leaves as they are, as the buffers."""
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        args, kwargs = self.objects.restored(*pytree.tree_map_only(torch.Tensor, torch.clone, given))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return [x for x in tensors_of(self.model(*args, **kwargs)) if x.is_floating_point()]
+        finally:
+            for buffer, value in kept:
+                buffer.copy_(value)
 
     def _channels_first(self, capture: Capture, reads: ValueReads | None) -> Capture | None:
         """The capture with another last axis for inputs whose second one the forward fixed, [B, C, T]; None when that fails."""
@@ -140,18 +186,24 @@ class _Exporting:
         given = self.args, {key: value for key, value in self.kwargs.items() if key not in bound}
         shapes = self.objects.batch_and_length(*symbolic_axes(given, axes, channels_first))
         answering = contextlib.nullcontext() if reads is None else reads.capture()
-        with adapted_forward(self.model, bound, shapes, reads, self.objects) as adapted, answering:
+        adapting = adapted_forward(self.model, bound, shapes, reads, self.objects, self.tables)
+        with attributes_kept(self.model), adapting as adapted, answering:
             program = torch.export.export(
                 self.model, *given, dynamic_shapes=_by_name(self.model, shapes) or None, strict=False
             )
         expected = None if reads is None else tuple(value for _, value in reads.answered)
-        capture = from_exported_program(program, self.model, given, expected)
+        capture = from_exported_program(program, self.model, given, expected, adapted.tables)
         capture.constants |= bound
         capture.arguments, capture.objects = (self.args, self.kwargs), self.objects
         capture.notes += _fixed_axes(capture, shapes, given)
         if adapted.classes:
             names = ", ".join(sorted(adapted.classes))
             capture.notes.append(f"the output holds {names}, rebuilt at every call from the tensors in it.")
+        if adapted.tables:
+            names = ", ".join(f"`{name}`" for name in dict.fromkeys(adapted.tables))
+            capture.notes.append(
+                f"what the forward keeps in {names} depends on sizes alone; the graph makes it at every call and keeps nothing."
+            )
         if reads is not None:
             lines = ", ".join(dict.fromkeys(reads.lines))
             capture.notes.append(
@@ -178,11 +230,6 @@ def _fixed_axes(capture: Capture, shapes: Any, given: Any) -> list[str]:
         fixed = [axis for axis in axes or () if fixed_size(shape[axis]) is not None]
         notes += [f"`{node.name}` is fixed at size {shape[axis]} along axis {axis}." for axis in fixed]
     return notes
-
-
-def _branches_on_values(error: Exception | None) -> bool:
-    text = f"{type(error).__name__} {error}".lower()
-    return "data-dependent" in text or "datadependent" in text or "unbacked" in text or "local_scalar_dense" in text
 
 
 def _reason(error: Exception | None) -> str:

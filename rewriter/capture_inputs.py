@@ -74,6 +74,29 @@ def symbolic_axes(given: Any, most: int = 2, channels_first: frozenset[int] = fr
     return pytree.tree_unflatten(kept, structure)
 
 
+def grown(given: Any, shapes: Any) -> Any:
+    """The arguments with one more of everything along each symbolic axis but the batch, the last repeated; None without one.
+
+    shapes: as `symbolic_axes` gives them.  A vector as long as such an axis grows with it.
+    """
+    leaves, structure = pytree.tree_flatten(given)
+    axes = structure.flatten_up_to(shapes)
+    lengths = {leaf.shape[axis] for leaf, found in zip(leaves, axes, strict=True) for axis in found or () if axis > 0}
+    batches = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 1}
+
+    def longer(leaf: Any, found: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        vector = leaf.dim() == 1 and leaf.shape[0] in lengths - batches
+        for axis in [0] if vector else [axis for axis in found or () if axis > 0]:
+            leaf = torch.cat([leaf, leaf.narrow(axis, leaf.shape[axis] - 1, 1)], axis)
+        return leaf
+
+    if not lengths:
+        return None
+    return pytree.tree_unflatten([longer(*one) for one in zip(leaves, axes, strict=True)], structure)
+
+
 def _axes(name: str, value: torch.Tensor, lengths: set[int]) -> list[int]:
     """Batch and sequence, never heads, channels or features; axes of size one stay fixed.
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from subquad.capture_by_size import recomputed
 from subquad.capture_inputs import one_batch
 from subquad.capture_objects import Objects, returned
 from subquad.capture_recipes import PLAIN, Recipe, described
+from subquad.capture_tables import AssignedAttributes, Tables, attributes_kept
 from subquad.capture_values import ValueReads
 
 
@@ -37,9 +39,10 @@ pytree.register_pytree_node(
 
 @dataclass
 class Adapted:
-    """The names of the classes that were packed while a forward was captured."""
+    """The names of the classes that were packed while a forward was captured, and of the tables that it filled."""
 
     classes: set[str] = field(default_factory=set)
+    tables: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -49,12 +52,15 @@ def adapted_forward(
     shapes: Any = None,
     reads: ValueReads | None = None,
     objects: Objects | None = None,
+    tables: Tables | None = None,
 ) -> Iterator[Adapted]:
     """Inside the block the forward of `model` takes from torch.export and gives it only what that can take.
 
     bound: keyword arguments that the forward gets beside those it is called with.  shapes: the symbolic axes of its tensors;
     first axes of one size in the example are one batch.  reads: where the capture answers reads of values, the tensors read
     follow the output.  objects: arguments that arrive as lists of tensors; what the forward leaves in them follows, too.
+    tables: plain attributes that are missing when the forward begins; what it fills them with follows behind all else.
+    Plain attributes are as before when it has run; raises AssignedAttributes where it assigned others a tensor.
     """
     found = Adapted()
     forward, objects = model.forward, objects or Objects()
@@ -65,17 +71,29 @@ def adapted_forward(
         one_batch((args, kwargs), shapes)
         before = [leaf for leaves in objects.among(args, kwargs) for leaf in leaves]
         args, kwargs = objects.restored(args, kwargs)
-        output = forward(*args, **kwargs, **bound)
+        with attributes_kept(model) as kept, nullcontext() if tables is None else tables.missing():
+            output = forward(*args, **kwargs, **bound)
+            made = kept.tensors()
+        unknown = [name for name in made if tables is None or name not in tables.names]
+        if unknown:
+            raise AssignedAttributes(
+                f"the forward assigns a tensor to {', '.join(f'`{name}`' for name in unknown)}, which a later call may read; "
+                "register a buffer, or return it."
+            )
         if objects.recipes:
             output = Packed(*returned(output, objects.among(args, kwargs), before))
         else:
             output = pytree.tree_map(functools.partial(_packed, found=found), output)
-        return output if reads is None else (output, [tensor for tensor, _ in reads.answered])
+        beside = [] if reads is None else [tensor for tensor, _ in reads.answered]
+        found.tables = tuple(name for name, tensors in made.items() for _ in tensors)
+        filled = [tensor for tensors in made.values() for tensor in tensors]
+        return (output, [*beside, *filled]) if reads is not None or filled else output
 
     adapted.__signature__ = _named(inspect.signature(forward), shapes)  # type: ignore[attr-defined]
     model.__dict__["forward"] = adapted
     try:
-        yield found
+        with recomputed(model):
+            yield found
     finally:
         if held:
             model.__dict__["forward"] = forward

@@ -123,6 +123,12 @@ class ValueReads(TorchFunctionMode):
             yield self
 
 
+def branches_on_values(error: Exception) -> bool:
+    """True for what torch.export raises where a forward reads a value, or a size that depends on one, out of a tensor."""
+    text = f"{type(error).__name__} {error}".lower()
+    return "data-dependent" in text or "datadependent" in text or "unbacked" in text or "local_scalar_dense" in text
+
+
 def _as_read(name: str, value: Any, args: Any) -> Any:
     """What a method returns for a tensor of this content."""
     if name == "tolist":

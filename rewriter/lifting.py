@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from subquad.capture_guards import guards_of
+from subquad.capture_tables import data_behind
 from subquad.captured import Capture, ProgramModule
 from subquad.functional_graph import functional_program, holds_modes
 from subquad.ir.errors import CaptureError
@@ -32,12 +33,14 @@ def from_exported_program(
     root: torch.nn.Module | None,
     example_inputs: Any = None,
     expected: tuple[Any, ...] | None = None,
+    tables: tuple[str, ...] = (),
 ) -> Capture:
     """Lift an exported program into a GraphModule whose attributes are the root's own parameters and buffers.
 
     program: torch.export's result.  root: the module it came from; None makes a module tree from the program's state.
     expected: where the forward read values out of tensors, what the example had there; the tensors are the program's last
-    outputs, beside the forward's own.
+    outputs, beside the forward's own.  tables: names of the attributes whose new content follows behind these.
+    Raises CaptureError where that content depends on more of the inputs than their sizes.
     """
     if root is None or holds_modes(program.graph_module):
         program = functional_program(program)
@@ -89,11 +92,19 @@ def from_exported_program(
         plain = functional_program(program)
         if plain is program:
             raise refused
-        return from_exported_program(plain, root, example_inputs, expected)
+        return from_exported_program(plain, root, example_inputs, expected, tables)
     guards = guards_of(program, tuple(inputs))
     out_spec = program.call_spec.out_spec
+    for name, made in zip(tables, module.graph.output_node().args[0][-len(tables) :], strict=False):
+        if read := data_behind([made]):
+            raise CaptureError(
+                f"`{name}` keeps what is computed from `{read}`, and a later call may read it; return it, or register a buffer."
+            )
+    if tables:
+        _split_off(module, len(tables))
     if expected is not None:
         guards = replace(guards, values=_split_off(module, len(expected)), expected=expected)
+    if tables or expected is not None:
         out_spec = None if out_spec is None else out_spec.child(0)
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.view.default:

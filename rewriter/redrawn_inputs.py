@@ -1,16 +1,12 @@
-"""Further inputs like given ones, for errors that one call has too few numbers to estimate."""
+"""Further inputs like given ones, for errors that one call is too little to estimate."""
 
 from __future__ import annotations
 
 import torch
 
-ENOUGH = 64
-"""Numbers over which a root mean square is an estimate: over two or four it scatters by a factor of three."""
-DRAWS = 32
-
 
 def redrawn(inputs: dict[str, torch.Tensor], draw: int) -> dict[str, torch.Tensor]:
-    """Inputs of the same shapes and values: floating numbers in another order, integers turned along their last axis.
+    """Inputs of the same shapes and values: floating numbers in another order, columns of integers too.
 
     draw: from 1 on; each gives others.  Masks, vectors of integers and what has less than two numbers stay.
     """
@@ -21,7 +17,7 @@ def redrawn(inputs: dict[str, torch.Tensor], draw: int) -> dict[str, torch.Tenso
             order = torch.randperm(value.numel(), generator=generator).to(value.device)
             made[name] = value.flatten()[order].view(value.shape)
         elif value.dim() > 1 and value.dtype != torch.bool and "mask" not in name:
-            made[name] = value.roll(draw, -1)
+            made[name] = value[..., torch.randperm(value.shape[-1], generator=generator).to(value.device)]
         else:
             made[name] = value
     return made

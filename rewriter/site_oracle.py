@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from subquad.application import Rewritten
 from subquad.captured import Capture
 from subquad.emission import emit_site, padding_table
+from subquad.estimated_error import allowed_error, contract_errors, relative_error
 from subquad.graph_copy import carry_site, copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.graph import attribute, dtype_of, hang, node_inputs, shape_of
@@ -19,24 +21,6 @@ from subquad.replacement import Replacement
 
 SIZES = ((2, 7), (3, 33))
 """Batch and length of the runs; a graph that some fixed axis keeps from running at these runs at its example's own."""
-
-
-def relative_error(value: torch.Tensor, judge: torch.Tensor) -> float:
-    """RMS of the difference over RMS of the judge; NaN where both are NaN counts as equal."""
-    difference = (
-        (value.double() - judge.double()).nan_to_num(nan=0.0) if _same_nan(value, judge) else torch.tensor(math.inf)
-    )
-    scale = judge.double().nan_to_num(nan=0.0).square().mean().sqrt()
-    return float(difference.square().mean().sqrt() / scale.clamp_min(1e-300))
-
-
-def _same_nan(value: torch.Tensor, judge: torch.Tensor) -> bool:
-    return bool(torch.equal(value.isnan(), judge.isnan()))
-
-
-def allowed_error(original: float, dtype: torch.dtype) -> float:
-    """The bound of the EXACT contract: twice the original's own error plus one unit in the last place of the dtype."""
-    return 2 * original + torch.finfo(dtype).eps
 
 
 def site_rungs(record: Rewritten) -> list[Measurement]:
@@ -77,28 +61,35 @@ def _measure_site(original: Capture, replacement: Replacement) -> Measurement:
     exact = replacement.rewrite.contract is not Contract.APPROXIMATE
     paddings = PADDINGS if site.mask.tables else ("none",)
     new = next(iter(node_inputs(marker.args)))
-    cases: list[tuple[float, float]] = []
     own, exact_sizes = _example_size(original), _example_sizes(original)
+
+    def outputs(size: tuple[int, int], padding: str, draw: int) -> tuple[torch.Tensor, ...]:
+        """In float64, by the original's nodes and by the operator, at real rows; nothing where the original cannot run."""
+        found: list[torch.Tensor] = []
+        for node, double in ((moved.out, True), (moved.out, False), (new, False)):
+            run = ConcreteRun(copied.graph, original.example, tensors, *size, padding, double, draw)
+            run.symbols.update(exact_sizes if size == own else {})
+            for cut in sorted(cuts):
+                run.known[cut] = run._widen(run.random(cut).to(dtype_of(cut)))
+            with torch.no_grad():
+                value = _computed(run, node, may_fail=not found)
+            if value is None:
+                return ()
+            found.append(value)
+        keep = _real_rows(copied, moved, original, tensors, *size, padding, found[0])
+        return tuple(o[keep] if keep is not None else o for o in found)
+
+    cases: list[tuple[float, float]] = []
     for size in (*SIZES, own):
-        if size == own and cases:
-            continue
-        for padding in paddings:
-            outputs: list[torch.Tensor] = []
-            for node, double in ((moved.out, True), (moved.out, False), (new, False)):
-                run = ConcreteRun(copied.graph, original.example, tensors, *size, padding, double)
-                run.symbols.update(exact_sizes if size == own else {})
-                for cut in sorted(cuts):
-                    run.known[cut] = run._widen(run.random(cut).to(dtype_of(cut)))
-                with torch.no_grad():
-                    value = _computed(run, node, may_fail=not outputs)
-                if value is None:
-                    break
-                outputs.append(value)
-            if not outputs:
+        for padding in () if size == own and cases else paddings:
+            first = outputs(size, padding, 0)
+            if not first:
                 continue
-            keep = _real_rows(copied, moved, original, tensors, *size, padding, outputs[0])
-            judge, before, after = (o[keep] if keep is not None else o for o in outputs)
-            cases.append((relative_error(after, judge), allowed_error(relative_error(before, judge), dtype)))
+            if exact:
+                error, own_error = contract_errors(first, partial(outputs, size, padding))
+            else:
+                error, own_error = relative_error(first[2], first[0]), 0.0
+            cases.append((error, allowed_error(own_error, dtype)))
     passed = bool(cases) and (not exact or all(error <= allowed for error, allowed in cases))
     worst, bound = max(cases, key=lambda case: case[0], default=(math.inf, 0.0))
     detail = f"{len(cases)} cases, {str(dtype).removeprefix('torch.')}"

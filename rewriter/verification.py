@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from subquad.application import Rewritten, original_forward, rewritten
 from subquad.bound_forward import own_hooks_lifted
 from subquad.captured import Capture
+from subquad.estimated_error import allowed_error, contract_errors, relative_error
 from subquad.graph_copy import copy_capture
 from subquad.ir.contract import Contract
 from subquad.ir.errors import SubquadError
@@ -21,8 +21,8 @@ from subquad.ir.graph import attribute, hang
 from subquad.ir.refusal import Refusal
 from subquad.ir.report import Measurement, Report
 from subquad.passes.recognize.concrete_run import ConcreteRun
-from subquad.redrawn_inputs import DRAWS, ENOUGH, redrawn
-from subquad.site_oracle import allowed_error, relative_error, site_rungs
+from subquad.redrawn_inputs import redrawn
+from subquad.site_oracle import site_rungs
 
 NEW_TOKENS = 32
 
@@ -116,7 +116,7 @@ def end_to_end_rungs(
     """The first output of the rewritten and of the original forward against a float64 run of the original.
 
     The graph that was captured is the judge, so that first it must itself give what the original forward gives.
-    Where that output has too few numbers for an estimate and the error is above the bound, more inputs of the same kind decide.
+    Where few rows of that output make up its error, and it is above the bound, more inputs of the same kind decide.
     Rewrites that are another function also get the mean KL divergence, in nats per position, when the output is logits.
     """
     capture = _original_capture(record, original)
@@ -141,10 +141,11 @@ def end_to_end_rungs(
 
     judge, before, after, replayed = outputs(inputs, replay=True)
     faithful = _faithful(replayed, before)
-    error, own = relative_error(after, judge), relative_error(before, judge)
     exact = _is_exact(record)
-    if exact and not error <= allowed_error(own, before.dtype) and before.numel() < ENOUGH:
-        error, own = _errors_of_many([(judge, before, after)], lambda draw: outputs(redrawn(inputs, draw)))
+    if exact:
+        error, own = contract_errors((judge, before, after), lambda draw: outputs(redrawn(inputs, draw)))
+    else:
+        error, own = relative_error(after, judge), relative_error(before, judge)
     allowed = allowed_error(own, before.dtype) if exact else None
     shape = "×".join(str(s) for s in before.shape)
     detail = f"{shape}, original's own error {own:.2e}"
@@ -154,26 +155,6 @@ def end_to_end_rungs(
         divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
         rungs.append(Measurement("kl", "", divergence, None, True, f"{shape}, mean KL to the original, nats"))
     return rungs
-
-
-def _errors_of_many(
-    cases: list[tuple[torch.Tensor, ...]], outputs: Callable[[int], list[torch.Tensor]]
-) -> tuple[float, float]:
-    """The rewritten and the original's error over as many calls as it takes to have enough numbers.
-
-    Calls that the original does not take, or on which the rewritten forward gives way to it, end the series.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="subquad ran the original forward")
-        for draw in range(1, DRAWS):
-            if sum(case[0].numel() for case in cases) >= ENOUGH:
-                break
-            try:
-                cases.append(tuple(outputs(draw)))
-            except Exception:
-                break
-    judge, before, after = (torch.cat([x.flatten() for x in column]) for column in zip(*cases, strict=True))
-    return relative_error(after, judge), relative_error(before, judge)
 
 
 def _faithful(replayed: torch.Tensor, before: torch.Tensor) -> Measurement:

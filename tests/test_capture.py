@@ -90,3 +90,22 @@ def test_a_program_decomposed_to_core_operators_is_captured_and_keeps_its_guards
     assert "shape[1] <= 64" in str(capture(torch.export.load(tmp_path / "core.pt2")).guards.broken([long]))
     with pytest.raises(ValueError, match=r"shape\[1\] <= 64"):
         subquad.restore(fast)(long)
+
+
+class Counted(TwoSpellings):
+    """A row for each token that is positive, joined to a list: its length is known once it has run."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        chosen = (x[..., 0] > 0).flatten().nonzero().flatten()
+        none = torch.zeros(0, dtype=torch.int64)
+        return x + torch.cat([none, chosen, chosen]).sum()
+
+
+def test_a_program_with_a_length_that_only_a_run_tells_is_captured() -> None:
+    model, x = Counted().eval(), torch.randn(2, 9, 32)
+    program = torch.export.export(model, (x,), dynamic_shapes=(BOTH,), strict=False)
+    for one in (program, program.run_decompositions()):
+        report = subquad.inspect(one)
+        assert len(report.sites) == 2
+        torch.testing.assert_close(capture(one).graph(x)[0], model(x))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import subquad
+from subquad.estimated_error import allowed_error, relative_error
 from subquad.incremental import Decoder, decoder
 from subquad.ir.errors import SubquadError
-from subquad.site_oracle import allowed_error, relative_error
 from subquad.verification import graph_output
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Models with one or two outputs: their errors are estimated over many calls, and neither luck nor a defect decides."""
+"""Models whose error few outputs make up: it is estimated over many calls, and neither luck nor a defect decides."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 import subquad
 from subquad import verification
 from subquad.application import rewritten
+from subquad.estimated_error import allowed_error, effective_rows, relative_error
 from subquad.redrawn_inputs import redrawn
-from subquad.site_oracle import allowed_error, relative_error
 from subquad.verification import end_to_end_rungs
 
 
@@ -59,8 +59,7 @@ def test_a_defect_stays_one() -> None:
     fast = subquad.rewrite(model, passes=["fuse"], example_inputs=(x,))
     record = rewritten(fast)
     assert record is not None
-    twin = Score().eval()
-    twin.load_state_dict(model.state_dict())
+    twin = model_like(model, Score)
     call = verification._call
 
     def wrong(root: nn.Module, *given: Any) -> Any:
@@ -69,6 +68,72 @@ def test_a_defect_stays_one() -> None:
     assert end_to_end_rungs(fast, record, (x,), twin)[0].passed
     with mock.patch.object(verification, "_call", wrong):
         assert not end_to_end_rungs(fast, record, (x,), twin)[0].passed
+
+
+class Undecided(nn.Module):
+    """Attention with scores of some thousands: a row that is undecided between two keys has an error a thousand times the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 4, 8)).movedim(1, 3).unbind(1)
+        return (torch.softmax(q @ k.mT * 1000, -1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_one_row_that_outweighs_the_others_is_judged_over_many_calls() -> None:
+    torch.manual_seed(0)
+    model = Undecided().eval()
+    inputs = [torch.randn(2, 11, 32) for _ in range(60)]
+    plain = [model(x).detach() for x in inputs]
+    fast = subquad.rewrite(model, passes=["fuse"], example_inputs=(inputs[0],))
+    assert len(fast.report.applied) == 1
+    assert not fast.report.rolled_back
+    record = rewritten(fast)
+    assert record is not None
+    wide = Undecided().double().eval()
+    wide.load_state_dict(model.state_dict())
+    unlucky = []
+    for x, before in zip(inputs, plain, strict=True):
+        judge, after = wide(x.double()).detach(), fast(x).detach()
+        if relative_error(after, judge) > allowed_error(relative_error(before, judge), torch.float32):
+            unlucky.append(x)
+            assert effective_rows([(judge, before, after)]) < 2
+    assert unlucky, "one call alone decides nowhere wrongly: the test shows nothing"
+    for x in unlucky[:4]:
+        logits = end_to_end_rungs(fast, record, (x,))[0]
+        assert logits.passed, f"{logits.error} above {logits.allowed}"
+
+    call = verification._call
+
+    def wrong(root: nn.Module, capture: Any, given: Any) -> Any:
+        value = call(root, capture, given)
+        return value if root is not fast else judged(given) + 4 * (value - judged(given))
+
+    def judged(given: Any) -> torch.Tensor:
+        return wide(next(iter(given.values())).double())
+
+    with mock.patch.object(verification, "_call", wrong):
+        assert not end_to_end_rungs(fast, record, (inputs[0],), model_like(model, Undecided))[0].passed
+
+
+def model_like(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Another module with the same weights and the original forward."""
+    twin = kind().eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_rows_are_counted_by_their_share_of_the_error() -> None:
+    judge = torch.zeros(2, 5, 3, dtype=torch.float64)
+    even, one = torch.ones(2, 5, 3), torch.zeros(2, 5, 3)
+    one[1, 2] = 1
+    assert effective_rows([(judge, even, even)]) == pytest.approx(10)
+    assert effective_rows([(judge, even, even)] * 3) == pytest.approx(30)
+    assert effective_rows([(judge, even, one)]) == pytest.approx(1)
+    assert effective_rows([(judge, one, even)]) == pytest.approx(1)
+    assert effective_rows([(judge, judge, judge)]) == float("inf")
 
 
 def test_redrawn_inputs_are_of_the_same_kind() -> None:

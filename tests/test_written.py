@@ -17,6 +17,7 @@ from written import (
     relative,
     sets,
     spelled,
+    tables,
     torch_modules,
     vision,
     wrapped,
@@ -41,6 +42,7 @@ SCHOOLS = {
     "wrapped": wrapped.CASES,
     "linear time": linear_time.CASES,
     "by rows": by_rows.CASES,
+    "tables": tables.CASES,
     "none": not_attention.CASES,
 }
 BOTH = frozenset(

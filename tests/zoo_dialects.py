@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from softmax_counter import short
 from torch import nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from zoo import call
 from zoo_judge import floating
 
 from subquad.backend import rewrite_dynamo_graph
 from subquad.capture import capture
 from subquad.capture_patches import capturable
+from subquad.capture_values import ValueReads, branches_on_values
 from subquad.ir.report import Report
 from subquad.ir.site import Site
 from subquad.pass_spec import parse_passes
@@ -81,22 +82,60 @@ def through_dynamo(model: nn.Module, inputs: dict[str, Any]) -> Compiled:
     return found
 
 
-def through_core_aten(
-    model: nn.Module, inputs: dict[str, Any], symbolic: bool = False
-) -> tuple[list[Site], list[tuple[str, str]]]:
+@dataclass
+class CoreAten:
+    """What a core-ATen program shows; helped: why torch alone makes none of this model, empty where it does."""
+
+    sites: list[Site]
+    refusals: list[tuple[str, str]]
+    helped: list[str]
+
+
+def through_core_aten(model: nn.Module, inputs: dict[str, Any], symbolic: bool = False) -> CoreAten:
     """Sites and refusals of the exported program after `run_decompositions()`: no SDPA call is left in it.  Of an output
     that holds objects the tensors are returned.
 
-    symbolic: batch and length stay symbolic, which takes torch three times as long.
+    symbolic: batch and length stay symbolic, which takes torch three times as long.  Where torch refuses the program, it is
+    made as far as a capture makes it: values that the forward branches on are the example's, views are reshapes; `helped`
+    of the result names what that took.
     """
     dynamic = {name: _symbolic(x) if isinstance(x, torch.Tensor) else None for name, x in inputs.items()}
+    helped = []
+
+    def exported() -> ExportedProgram:
+        shapes = dynamic if symbolic else None
+        return torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+
     with torch.no_grad(), capturable(), _tensors_only(model):
-        program = torch.export.export(
-            model, (), dict(inputs), dynamic_shapes=dynamic if symbolic else None, strict=False
-        )
+        try:
+            program = exported()
+        except Exception as error:
+            if not branches_on_values(error):
+                raise
+            reads = ValueReads()
+            with reads:
+                model(**inputs)
+            with reads.capture():
+                program = exported()
+            helped.append("values of tensors that the forward branches on")
     with torch.no_grad():
-        report = recognise(capture(program.run_decompositions()), Report())
-    return list(report.sites), refusal_words(report)
+        try:
+            decomposed = program.run_decompositions()
+        except ValueError as error:
+            if "Cannot view" not in str(error):
+                raise
+            _reshaped(program)
+            decomposed = program.run_decompositions()
+            helped.append("views of what a decomposition lays out otherwise")
+        report = recognise(capture(decomposed), Report())
+    return CoreAten(list(report.sites), refusal_words(report), helped)
+
+
+def _reshaped(program: ExportedProgram) -> None:
+    """Every view becomes a reshape, which holds for any strides."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 @contextmanager

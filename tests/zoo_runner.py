@@ -34,7 +34,8 @@ class Path:
     sites: the words of each recognised site.  refusals: reason and source of each softmax that is none.  failed: what was
     raised, in which stage.  wrong: cases that broke the contract.  odd: differences to the sites that export showed.
     original: why the forward ran as it was in some of the cases, which the graph does not hold for.  false: sites at lines
-    whose softmax was no attention when it ran.  denied: refusals that call a softmax no attention which was one.
+    whose softmax was no attention when it ran.  denied: refusals that call a softmax no attention which was one.  helped: why
+    torch alone makes no core-ATen program of the model.
     """
 
     tried: bool = False
@@ -49,6 +50,7 @@ class Path:
     original: list[str] = field(default_factory=list)
     false: list[str] = field(default_factory=list)
     denied: list[str] = field(default_factory=list)
+    helped: list[str] = field(default_factory=list)
     graphs: int = 1
 
 
@@ -199,8 +201,8 @@ def _through_dynamo(specimen: Specimen, reference: Reference, inputs: dict[str, 
 def _through_core_aten(specimen: Specimen, inputs: dict[str, Any], outcome: Outcome) -> None:
     path = outcome.core
     with _stage(outcome, "core"):
-        sites, path.refusals = through_core_aten(specimen.model, inputs)
-    path.sites = [site_words(site) for site in sites]
+        found = through_core_aten(specimen.model, inputs)
+    path.sites, path.refusals, path.helped = [site_words(site) for site in found.sites], found.refusals, found.helped
     path.odd = differences(outcome.export.sites, path.sites) if not outcome.export.failed else []
 
 

@@ -90,6 +90,8 @@ class Row:
         if path["original"]:
             self.bound += 1
             self.causes[f"holds for a part of the sizes: {gist(path['original'][0].partition(': ')[2])}"].append(name)
+        for cause in path.get("helped", ()):
+            self.causes[f"torch alone makes no such program; recognised with help for {cause}"].append(name)
         for label, title in (
             ("false", "no attention when it ran, but a site"),
             ("denied", "attention, but called none"),

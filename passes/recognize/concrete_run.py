@@ -22,15 +22,16 @@ class ConcreteRun:
 
     module: a captured graph with recorded values.  examples: input tensors by name; they tell masks (zeros and ones) from
     ids.  tensors: placeholders with known content.  double: every float32, float16 and bfloat16 becomes float64, casts
-    included.  `known` may be filled with values before asking, which cuts the graph there.
+    included.  draw: each gives other random values.  `known` may be filled with values before asking, which cuts the graph there.
     """
 
     def __init__(
         self, module: torch.fx.GraphModule, examples: Mapping[str, torch.Tensor], tensors: Mapping[Node, torch.Tensor],
-        batch: int, length: int, padding: str, double: bool = False,
+        batch: int, length: int, padding: str, double: bool = False, draw: int = 0,
     ) -> None:  # fmt: skip
         self.module, self.examples, self.tensors = module, examples, tensors
         self.batch, self.length, self.padding, self.double = batch, length, padding, double
+        self.draw = draw
         self.symbols: dict[Any, int] = {}
         self.known: dict[Node, Any] = {}
         for node in module.graph.nodes:
@@ -49,7 +50,9 @@ class ConcreteRun:
 
     def _generator(self, node: Node) -> torch.Generator:
         """Randomness of a node's own, so that its value does not depend on what was asked for before."""
-        return torch.Generator().manual_seed(zlib.crc32(node.name.encode()) + self.batch * 1000 + self.length)
+        return torch.Generator().manual_seed(
+            zlib.crc32(node.name.encode()) + self.batch * 1000 + self.length + self.draw * 1_000_003
+        )
 
     def size(self, size: Any) -> int:
         """A symbolic size at this run's batch and length."""
