@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
 from subquad.ir.loop_rewrite import LoopRewrite
-from subquad.loop_guards import Broken, checked, deterministic, readable, tokens_alone
+from subquad.loop_guards import Broken, checked, deterministic, readable
 from subquad.runtime.lazy_logits import LazyLogits
 from subquad.runtime.lookahead import Lookahead
 from subquad.runtime.pacing import MeasuredPacing, Pacing
 from subquad.runtime.prefix_call import PrefixCall
-from subquad.step_model import StepModel, step_model
+from subquad.step_model import Given, StepModel, step_model
 
 COMPARED = 3
 """Calls of a loop that are answered by the model itself while the decoder's rows are compared with its."""
@@ -83,10 +83,10 @@ class LoopRun:
         why = self._why_original(kwargs)
         if model.refused is None and why is None and model.step is None:
             return self._first(original, args, kwargs)
-        inputs: list[Tensor] = []
+        given: Given | None = None
         if model.refused is None and why is None and model.step is not None:
-            inputs, why = model.step.bound(args, kwargs)
-        if model.refused is not None or why is not None or model.step is None:
+            given, why = model.step.bound(args, kwargs)
+        if given is None or model.step is None:
             if why is not None:
                 model.note(f"some calls ran the model itself: {why}")
             model.original += 1
@@ -94,10 +94,9 @@ class LoopRun:
         self.ready()
         assert self.prefix is not None
         if model.compared < COMPARED:
-            return self._compared(original, args, kwargs, inputs)
+            return self._compared(original, args, kwargs, given)
         self.count()
-        ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
-        return model.step.returned(_logits(self.prefix, model.step, ids, mask, lambda: original(*args, **kwargs)))
+        return model.step.returned(_logits(self.prefix, model.step, given.copied(), lambda: original(*args, **kwargs)))
 
     def ready(self) -> None:
         """Have a decoder state for the model as it is now."""
@@ -138,7 +137,6 @@ class LoopRun:
             odd = [type(v).__name__ for v in pytree.tree_leaves((args, kwargs)) if _may_change(v)]
             if odd:
                 raise Broken("arguments", f"a call is given a {odd[0]}, which the model may change.")
-            tokens_alone(model.root, *kept)
             held = deterministic(model.root, original, *kept, out)
             model.step = step_model(model.root, *kept, out)
             readable(model.step, model.uses)
@@ -146,25 +144,25 @@ class LoopRun:
         return out
 
     def _compared(
-        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Given
     ) -> Any:
         """A call that the model answers while the decoder's row is compared with its."""
         model, step = self.model, self.model.step
         assert step is not None
         assert self.prefix is not None
         model.original += 1
-        ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
+        given = given.copied()
         out = original(*args, **kwargs)
         with refuse_by(model):
-            if self._compare(step, out, ids, mask):
+            if self._compare(step, out, given):
                 model.compared += 1
         return out
 
-    def _compare(self, step: StepModel, out: Any, ids: Tensor, mask: Tensor | None) -> bool:
+    def _compare(self, step: StepModel, out: Any, given: Given) -> bool:
         """The decoder's row behind ids is the model's; False when the decoder has no room, raises Broken when it is another."""
         assert self.prefix is not None
         try:
-            row = self.prefix.row(ids, mask, ids.shape[1] - 1)
+            row = self.prefix.row(given.ids, given.mask, given.ids.shape[1] - 1, given.others)
         except SubquadError as error:
             self.model.note(f"some calls ran the model itself: {first_line(error)}")
             return False
@@ -198,11 +196,9 @@ def _copies(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _logits(
-    prefix: PrefixCall, step: StepModel, ids: Tensor, mask: Tensor | None, original: Callable[[], Any]
-) -> Tensor:
+def _logits(prefix: PrefixCall, step: StepModel, given: Given, original: Callable[[], Any]) -> Tensor:
     """The call's logits, to be computed when they are read."""
-    last = ids.shape[1] - 1
+    ids, last = given.ids, given.ids.shape[1] - 1
 
     def whole() -> Tensor:
         with inactive():
@@ -211,7 +207,7 @@ def _logits(
 
     def read(index: int) -> Tensor:
         try:
-            return prefix.row(ids, mask, last if step.rows.kept != "all" else index)
+            return prefix.row(ids, given.mask, last if step.rows.kept != "all" else index, given.others)
         except SubquadError:
             return whole()[:, index].clone()
 

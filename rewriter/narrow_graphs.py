@@ -63,11 +63,17 @@ def _attentions(
     for node in graph.find_nodes(op="call_function", target=torch.ops.subquad.softmax_attention.default):
         named = operator_arguments(node)
         spec = SoftmaxSpec.parse(named["spec"])
-        if spec.mask is None or _reads_head(spec.mask) or any(user.args[1] != 0 for user in node.users):
+        if (
+            named["bias"] is not None
+            or spec.mask is None
+            or _reads_head(spec.mask)
+            or any(user.args[1] != 0 for user in node.users)
+        ):
             continue
         tables = tuple(named["operands"][:-1])
         tree = f" & t{len(tables)}[b, i, j]"
-        assert spec.mask.endswith(tree)
+        if not spec.mask.endswith(tree):  # a cross attention, which reads what is fixed
+            continue
         mask, scalars = spec.mask.removesuffix(tree), tuple(named["scalars"])
         key = (mask, tables, scalars)
         with graph.inserting_before(node):
