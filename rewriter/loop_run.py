@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from subquad.call_positions import counted
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
 from subquad.ir.loop_rewrite import LoopRewrite
@@ -26,6 +27,7 @@ from subquad.step_model import Given, StepModel, step_model
 
 COMPARED = 3
 """Calls of a loop that are answered by the model itself while the decoder's rows are compared with its."""
+SHIFTED = "their positions count from the first real token, and the model reads more of them than their order"
 REBUILT = 2
 """How often a model whose parameters changed between calls is captured again."""
 
@@ -37,6 +39,7 @@ class LoopModel:
     uses, kept: how the loop reads the call's result, and where values of the logits leave it (see `Reading`).
     step: the decoder behind the calls, None before the first call.  refused: (guard, sentence) that keeps the original
     loop.  passed: the guards that held, in words.  answered, original: calls by who answered them.
+    shifts: whether the model gives the same wherever the places of a row begin, None before that was tried.
     speculation: how drafts are made, None for none; pacing: how many of them are run.  keeping: what is known of the cache
     that the loop passes along (see `cached_run.Keeping`), None before its first call and for loops without.
     """
@@ -53,6 +56,7 @@ class LoopModel:
     original: int = 0
     notes: list[str] = field(default_factory=list)
     speculation: LoopRewrite | None = None
+    shifts: bool | None = None
     pacing: Pacing | None = None
     keeping: Any = None
 
@@ -84,8 +88,11 @@ class LoopRun:
         if model.refused is None and why is None and model.step is None:
             return self._first(original, args, kwargs)
         given: Given | None = None
+        places = counted(model.root, kwargs)
         if model.refused is None and why is None and model.step is not None:
-            given, why = model.step.bound(args, kwargs)
+            given, why = model.step.bound(args, places.left_out(kwargs))
+            if places.shifted and model.shifts is False:
+                given, why = None, SHIFTED
         if given is None or model.step is None:
             if why is not None:
                 model.note(f"some calls ran the model itself: {why}")
@@ -93,6 +100,8 @@ class LoopRun:
             return original(*args, **kwargs)
         self.ready()
         assert self.prefix is not None
+        if places.shifted and model.shifts is None:
+            return self._shifted(original, args, kwargs, given)
         if model.compared < COMPARED:
             return self._compared(original, args, kwargs, given)
         self.count()
@@ -138,9 +147,27 @@ class LoopRun:
             if odd:
                 raise Broken("arguments", f"a call is given a {odd[0]}, which the model may change.")
             held = deterministic(model.root, original, *kept, out)
-            model.step = step_model(model.root, *kept, out)
+            places = counted(model.root, kept[1])
+            plain = kept[0], places.left_out(kept[1])
+            model.step = step_model(model.root, *plain, out)
             readable(model.step, model.uses)
-            model.passed = [held, *checked(model.step, original, *kept, out)]
+            model.passed = [held, *checked(model.step, original, *plain, out)]
+            model.shifts = True if places.shifted else model.shifts
+        return out
+
+    def _shifted(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Given
+    ) -> Any:
+        """The first call whose positions count from the first real token: the model answers, and tells if that matters."""
+        model, given = self.model, given.copied()
+        assert model.step is not None
+        model.original += 1
+        out = original(*args, **kwargs)
+        try:
+            model.shifts = self._compare(model.step, out, given) or None
+        except Broken:
+            model.shifts = False
+            model.note(f"some calls ran the model itself: {SHIFTED}")
         return out
 
     def _compared(
