@@ -155,7 +155,7 @@ class _Piece:
         elif node.target is torch.ops.aten.sym_size.int and _is_ids(node.args[0]):
             with self._front():
                 value = self.body.call_function(node.target, (self.stream, node.args[1]))
-        elif node.op == "call_function" and (is_number(node) or _short(node) in VIEWS) and node not in self.main:
+        elif node not in self.main and (is_number(node) or _short(node) in VIEWS or _of_parameters(node)):
             for n in node.all_input_nodes:
                 self._resolve(n)
             with self._front():
@@ -240,6 +240,16 @@ def _grouped(keys: list[str], stateful: list[bool]) -> list[tuple[int, int]]:
     before = [(0, ranges[0][0])] if ranges[0][0] else []
     behind = [(ranges[-1][1], total)] if ranges[-1][1] < total else []
     return [*before, *ranges, *behind]
+
+
+def _of_parameters(node: Node) -> bool:
+    """True for what is made of parameters element by element, as the `1 + weight` of a norm: it is made where it is read."""
+    if node.op == "get_attr":
+        return True
+    alone = isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in node.target.tags or _short(node) in ("to", "_to_copy")
+    )
+    return alone and bool(node.all_input_nodes) and all(_of_parameters(n) for n in node.all_input_nodes)
 
 
 def _is_ids(node: Any) -> bool:

@@ -19,7 +19,7 @@ from subquad.loop_run import COMPARED, LoopModel, LoopRun, inactive, refuse_by
 from subquad.output_place import at, places, spellings
 from subquad.runtime.deferred_cache import DeferredTensor, Link, defer, defer_new, deferred, link_of
 from subquad.runtime.lazy_logits import LazyLogits
-from subquad.step_model import StepModel, step_model
+from subquad.step_model import Given, StepModel, step_model
 
 FEW = 8
 """Rows of one call up to which they are computed one by one."""
@@ -60,14 +60,14 @@ class CachedRun(LoopRun):
             keeping.empty = copy.deepcopy(parts.cache)
         whole, why = keeping.form.whole(parts, before, copy.deepcopy(keeping.empty))
         tokens = torch.cat([before, parts.ids], 1)
-        inputs: list[Tensor] = []
+        given: Given | None = None
         if why is None and model.step is not None:
-            inputs, why = model.step.bound((), whole)
+            given, why = model.step.bound((), whole)
         if why is not None:
             out = self._original(original, args, kwargs, why)
             self._remember(parts, out, tokens)
             return out
-        if model.step is None:
+        if model.step is None or given is None:
             return self._begin(original, args, kwargs, parts, whole)
         self.ready()
         if model.compared >= COMPARED and not pays(model.step):
@@ -77,8 +77,8 @@ class CachedRun(LoopRun):
             self._remember(parts, out, tokens)
             return out
         if model.compared < COMPARED or keeping.tested < tokens.shape[1] or self._needs_shapes(parts):
-            return self._beside(original, args, kwargs, parts, inputs)
-        return self._answered(original, parts, inputs, tokens, whole)
+            return self._beside(original, args, kwargs, parts, given)
+        return self._answered(original, parts, given, tokens, whole)
 
     def _keeping(self) -> Keeping | None:
         model = self.model
@@ -149,7 +149,7 @@ class CachedRun(LoopRun):
 
     def _beside(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], parts: Parts,
-        inputs: list[Tensor],
+        given: Given,
     ) -> Any:  # fmt: skip
         """A call that the model answers while the decoder's row is compared with its, and its cache is studied."""
         model, keeping, step = self.model, self.model.keeping, self.model.step
@@ -157,12 +157,13 @@ class CachedRun(LoopRun):
         assert step is not None
         assert self.prefix is not None
         model.original += 1
-        tokens, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
+        given = given.copied()
+        tokens = given.ids
         held = None if parts.cache is None else self._held(parts.cache)
         shapes = None if held is None else [t.shape for t, _ in held.marks]
         out = original(*args, **kwargs)
         with refuse_by(model):
-            self._compare(step, out, tokens, mask)
+            self._compare(step, out, given)
             if held is not None and shapes is not None:
                 study(keeping, held, shapes, out, parts)
                 readable(step, model.uses, spellings(keeping.place, out))
@@ -173,14 +174,14 @@ class CachedRun(LoopRun):
         return out
 
     def _answered(
-        self, original: Callable[..., Any], parts: Parts, inputs: list[Tensor], tokens: Tensor, whole: dict[str, Any]
+        self, original: Callable[..., Any], parts: Parts, given: Given, tokens: Tensor, whole: dict[str, Any]
     ) -> Any:
         """The result of a call that the model does not run; the cache in it is made when somebody reads it."""
         keeping, step = self.model.keeping, self.model.step
         assert keeping is not None
         assert step is not None
         self.count()
-        mask = inputs[1].clone() if len(inputs) > 1 else None
+        mask = given.copied().mask
         call = _put_off(original, keeping, parts)
         others: dict[Any, Any] = {}
         if keeping.kind is None:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from subquad.capture_guards import fixed_size
-from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, grown, symbolic_axes
+from subquad.capture_inputs import arguments_of, batch_of_two, default_inputs, grown, symbolic_axes, with_lists
 from subquad.capture_objects import Objects, objects_among, tensors_of
 from subquad.capture_outputs import adapted_forward
 from subquad.capture_patches import capturable
@@ -189,7 +189,7 @@ class _Exporting:
         adapting = adapted_forward(self.model, bound, shapes, reads, self.objects, self.tables)
         with attributes_kept(self.model), adapting as adapted, answering:
             program = torch.export.export(
-                self.model, *given, dynamic_shapes=_by_name(self.model, shapes) or None, strict=False
+                self.model, *given, dynamic_shapes=_by_name(self.model, with_lists(shapes)) or None, strict=False
             )
         expected = None if reads is None else tuple(value for _, value in reads.answered)
         capture = from_exported_program(program, self.model, given, expected, adapted.tables)

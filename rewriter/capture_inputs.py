@@ -97,6 +97,17 @@ def grown(given: Any, shapes: Any) -> Any:
     return pytree.tree_unflatten([longer(*one) for one in zip(leaves, axes, strict=True)], structure)
 
 
+def with_lists(shapes: Any) -> Any:
+    """The axes of a call with lists in the places of containers of other classes, as torch.export asks for them."""
+    if isinstance(shapes, list) or type(shapes) is tuple:
+        return type(shapes)(with_lists(one) for one in shapes)
+    if type(shapes) is dict:
+        return {key: with_lists(one) for key, one in shapes.items()}
+    if type(shapes) in pytree.SUPPORTED_NODES:
+        return [with_lists(one) for one in pytree.SUPPORTED_NODES[type(shapes)].flatten_fn(shapes)[0]]
+    return shapes
+
+
 def _axes(name: str, value: torch.Tensor, lengths: set[int]) -> list[int]:
     """Batch and sequence, never heads, channels or features; axes of size one stay fixed.
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.fx
 
-from subquad.ir.graph import ancestors, hang, value_of
-from subquad.ir.graph import attribute as attribute_of
+from subquad.fixed_part import fixed_part, frontier
+from subquad.graph_copy import submodule
+from subquad.ir.graph import ancestors, value_of
 from subquad.kernels.spec import RecurrenceSpec, SoftmaxSpec
 from subquad.locality import prove_locality
 from subquad.mask_terms import implies_causal
+from subquad.pair_tables import PairTables
 from subquad.runtime.layout import DecoderLayout, SiteState
 from subquad.shared_sites import SharedSites
 from subquad.step_graph import PROMPT_INPUTS, SHARED_INPUTS, STEP_INPUTS, STREAM, StepGraph, sweep
@@ -22,34 +24,38 @@ from subquad.token_axis import Locality, operator_arguments, refuse
 Node = torch.fx.Node
 
 
-def derive(module: torch.fx.GraphModule) -> StepGraph:
+def derive(module: torch.fx.GraphModule, others: bool = False) -> StepGraph:
     """Derive prefill and step from an ATen graph f(token ids [B, T], padding [B, T], ...) -> (logits [B, T, V], ...).
 
-    Every attention site must be a subquad operator.  The parameters stay the module's own objects.
+    Every attention site must be a subquad operator.  The parameters stay the module's own objects.  others: the graph may
+    take inputs that do not grow with the tokens (see `Fixed`); what they alone lead to is computed once.
     Raises NotIncremental naming the node, module path and source line when the graph cannot be run token by token.
     """
-    proof = prove_locality(module)
+    proof = prove_locality(module, others)
     nodes = list(module.graph.nodes)
     logits = _logits(nodes, proof)
     live = set(ancestors([logits]))
-    sites = [n for n in nodes if n in live and _is_site(n)]
+    sites = [n for n in nodes if n in live and _is_site(n) and n not in proof.fixed and n not in proof.cross]
     for node in sites:
         _check_causal(node, proof)
     tables = _tables(sites, proof)
     sums = [n for n in proof.history if n in live]
     history = _history(module, proof, tables, sums)
-    kinds = ["step", "first", *(("joined", "branch") if _shareable(sites, live) else ())]
+    shareable = not proof.given and _shareable(sites, live)
+    kinds = ["step", "first", *(("joined", "branch") if shareable else ())]
     parts = {kind: _build(module, proof, logits, live, sites, tables, sums, kind) for kind in kinds}
     layout = DecoderLayout(
         history, tuple(str(n.target) for n in proof.inputs), tuple(_site_state(n) for n in sites),
-        len(tables), tuple(_past_axis(proof, n) for n in sums), _limit(module, proof, live),
+        len(tables), tuple(_past_axis(proof, n) for n in sums), _limit(module, proof, live), fixed_part(module, proof, live),
     )  # fmt: skip
     return StepGraph(parts.pop("step"), parts.pop("first"), layout, parts)
 
 
 def _shareable(sites: list[Node], live: set[Node]) -> bool:
-    """Whether rows may share keys: no log-sum-exp is read, which a shared softmax does not give."""
+    """Whether rows may share keys: no log-sum-exp is read, which a shared softmax does not give, and there is no bias."""
     softmax = [site for site in sites if site.target is torch.ops.subquad.softmax_attention.default]
+    if any(operator_arguments(site)["bias"] is not None for site in softmax):
+        return False
     return all(u.args[1] == 0 for site in softmax for u in site.users if u in live)
 
 
@@ -81,9 +87,11 @@ def _check_causal(node: Node, proof: Locality) -> None:
             node,
             f"its mask ({spec.mask or 'full'}) lets a token see later ones, so every new token would change the past.",
         )
-    if named.get("bias") is not None:
+    if named.get("bias") is not None and named["bias"] not in proof.placed:
         refuse(
-            node, "an additive bias over queries and keys is not carried from step to step; only mask predicates are."
+            node,
+            "an additive bias over queries and keys is not carried from step to step; only mask predicates are, and a bias of"
+            " their places alone.",
         )
     if any(isinstance(n, Node) and proof.depends_on_length(value_of(n)) for n in named["scalars"]):
         refuse(node, "its mask depends on the total length, which changes with every new token.")
@@ -131,15 +139,7 @@ def _history(
         if node not in mapping:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     graph.output(tuple(mapping[n] for n in wanted))
-    return _module(module, graph)
-
-
-def _module(source: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    holder = torch.nn.Module()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            hang(holder, str(node.target), attribute_of(source, str(node.target)))
-    return torch.fx.GraphModule(holder, graph)
+    return submodule(module, graph)
 
 
 def _site_state(node: Node) -> SiteState:
@@ -173,6 +173,7 @@ def _build(
     names = {"first": PROMPT_INPUTS, "step": STEP_INPUTS}.get(kind, SHARED_INPUTS)
     shared = {name: graph.placeholder(name) for name in names}
     table_nodes = {t: graph.placeholder(f"table_{n}") for n, t in enumerate(tables)}
+    mapping |= {node: graph.placeholder(f"fixed_{n}") for n, node in enumerate(frontier(proof, live))}
     for n, node in enumerate(sums):
         mapping[node] = graph.placeholder(f"past_{n}")
     states = [[graph.placeholder(f"{name}_{n}") for name in state_names(site)] for n, site in enumerate(sites)]
@@ -186,15 +187,16 @@ def _build(
     batch_symbols = set().union(*(_symbols(value_of(n).shape[0]) for n in proof.inputs))
     writer: PromptSites | StepSites
     if kind == "first":
-        writer = PromptSites(graph, shared)
+        columns = graph.call_function(torch.ops.aten.unsqueeze.default, (shared["columns"], 0))
+        writer = PromptSites(graph, shared, PairTables(graph, proof, columns, columns))
     elif kind == "step":
-        writer = StepSites(graph, shared, proof.axes)
+        writer = StepSites(graph, shared, proof.axes, PairTables(graph, proof, shared["queries"], shared["keys"]))
     else:
         padding = {t for t in tables if _is_padding(t, proof)}
         writer = SharedSites(graph, shared, proof.axes, padding, pools, fresh=kind == "branch")
     fresh: list[Node] = []
     for node in module.graph.nodes:
-        if node not in live or node in mapping:
+        if node not in live or node in mapping or node in proof.fixed or node in proof.pairs:
             continue
         value = value_of(node)
         if isinstance(value, torch.SymInt) and value.node.expr in proof.tokens:
@@ -206,7 +208,9 @@ def _build(
             mapping[node] = writer.site(node, mapping, table_nodes, states[n])
             if len(states[n]) == 4:
                 fresh += [graph.call_function(operator.getitem, (mapping[node], i)) for i in range(1, 5)]
-        elif node.target is operator.getitem and node.args[0] in sites:
+        elif node in proof.cross:
+            mapping[node] = writer.cross(node, mapping)
+        elif node.target is operator.getitem and (node.args[0] in sites or node.args[0] in proof.cross):
             mapping[node] = writer.output(mapping[node.args[0]], node.args[1])
         elif _name(node) == "arange" and node in proof.axes:
             mapping[node] = _positions(graph, node, shared["columns"])
@@ -223,7 +227,7 @@ def _build(
             mapping[node].meta[STREAM] = True
     graph.output((mapping[logits], *fresh))
     sweep(graph)
-    return _module(module, graph)
+    return submodule(module, graph)
 
 
 def _is_identity(node: Node) -> bool:
@@ -289,7 +293,17 @@ def _column_offset(node: Any) -> int | None:
     while isinstance(node, Node) and _name(node) != "arange":
         if _name(node) == "add" and isinstance(node.args[1], int):
             offset += node.args[1]
-        elif _name(node) not in ("unsqueeze", "expand", "to", "view", "slice", "contiguous", "clone", "alias"):
+        elif _name(node) not in (
+            "unsqueeze",
+            "expand",
+            "repeat",
+            "to",
+            "view",
+            "slice",
+            "contiguous",
+            "clone",
+            "alias",
+        ):
             return None
         node = node.args[0]
     if not isinstance(node, Node):

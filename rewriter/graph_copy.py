@@ -45,6 +45,15 @@ def copy_capture(capture: Capture, convert: Callable[[Any], Any] = _same) -> tup
     return replace(capture, graph=torch.fx.GraphModule(attributes, graph)), mapping
 
 
+def submodule(source: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A graph of its own over the parameters of another, which stay the same objects."""
+    holder = torch.nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            hang(holder, str(node.target), attribute(source, str(node.target)))
+    return torch.fx.GraphModule(holder, graph)
+
+
 def carry_site(site: Site, mapping: dict[Node, Node]) -> Site:
     """The same site in the copied graph."""
 

@@ -19,10 +19,11 @@ from subquad.step_graph import StepGraph, copied
 from subquad.weight_storage import Packing, pack
 
 
-def decoder(model: torch.nn.Module | Capture) -> Decoder:
+def decoder(model: torch.nn.Module | Capture, others: bool = False) -> Decoder:
     """The incremental decoder of a rewritten module (or of a capture whose sites are operators).
 
     The model's parameters are moved into one storage (same objects, same values).  Nothing is compiled until `compile`.
+    others: the model may take inputs that do not grow with the tokens (see `runtime.layout.Fixed`).
     Raises NotIncremental (a SubquadError) when the graph mixes tokens outside attention, naming node, path and source line,
     and GenerationError for a module that was not rewritten.
     """
@@ -33,7 +34,7 @@ def decoder(model: torch.nn.Module | Capture) -> Decoder:
         if record is None:
             raise GenerationError(f"{type(model).__name__} was not rewritten; call subquad.rewrite first.")
         capture = record.applied
-    return assembled(derive(capture.graph), attributes(capture.graph))
+    return assembled(derive(capture.graph, others), attributes(capture.graph))
 
 
 def assembled(graph: StepGraph, tensors: dict[str, Tensor]) -> Decoder:

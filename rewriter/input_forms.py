@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from subquad.decoder import DecoderPrograms
 from subquad.runtime.decode_engine import DecodeEngine, executor
-from subquad.runtime.layout import DecoderLayout
+from subquad.runtime.layout import BATCH, DecoderLayout
 from subquad.runtime.schedule import InputForm, Program, Runner, Varying
 from subquad.runtime.state import Recurrence, SharedKeys, key_buffers
 from subquad.runtime.width_class import WidthClass
@@ -64,7 +64,7 @@ def _observed(
         engine = DecodeEngine(programs.layout, {}, device)
         recording = executor(schedule, fake, {p.key: _recording(p, seen) for p in schedule.programs()})
         ids = torch.zeros(probe.batch, probe.width, dtype=torch.int64, device=device)
-        state = engine.start(probe.batch, probe.capacity)
+        state = engine.start(probe.batch, probe.capacity, _fixed(programs.layout, probe, device))
         if probe.nodes:
             state.shared = _shared(programs.layout, probe, state.recurrence, device)
         engine.probe(recording, state, ids, probe.total - probe.width)
@@ -77,6 +77,19 @@ def _shared(layout: DecoderLayout, probe: _Probe, recurrence: Recurrence, device
     places = torch.zeros(probe.slots, dtype=torch.int64, device=device)
     nodes = torch.zeros(probe.nodes, 5, dtype=torch.int64)
     return SharedKeys(k, v, places, nodes, (0,) * probe.batch, recurrence)
+
+
+def _fixed(layout: DecoderLayout, probe: _Probe, device: torch.device) -> tuple[Tensor, ...]:
+    """Values of the inputs that do not grow, whose other sizes differ from probe to probe."""
+    if layout.fixed is None:
+        return ()
+
+    def size(named: int | str) -> int:
+        return named if isinstance(named, int) else probe.batch if named == BATCH else probe.capacity // 8 + 1
+
+    return tuple(
+        torch.empty([size(one) for one in sizes], dtype=dtype, device=device) for dtype, sizes in layout.fixed.forms
+    )
 
 
 def _recording(program: Program, seen: Seen) -> Runner:

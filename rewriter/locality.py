@@ -8,6 +8,7 @@ over integers that depend on the inputs only is allowed as well and becomes a va
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.fx
@@ -29,23 +30,28 @@ from subquad.token_axis import (
     reads_length,
     reads_tokens,
     refuse,
+    tensor_inputs,
     tensors_of,
 )
 
 Node = torch.fx.Node
 
 
-def prove_locality(module: torch.fx.GraphModule) -> Locality:
+def prove_locality(module: torch.fx.GraphModule, others: bool = False) -> Locality:
     """Analyse an ATen graph f(token ids [B, T], ...) whose attention sites are subquad operators.
 
+    others: the model may take inputs beside those over the T tokens of its logits [B, T, V], such as what an encoder made.
     Raises NotIncremental at the first operation that mixes tokens, or that the analysis does not know.
     """
     proof = Locality()
+    if others:
+        _sort_inputs(proof, module.graph)
     for node in ancestors(n for n in module.graph.nodes if n.op in ("output", "placeholder")):
         if node.op == "placeholder":
             _placeholder(proof, node)
         elif node.op == "get_attr":
             proof.closed.add(node)
+            proof.placed.add(node)
         elif node.op == "call_function":
             _call(proof, node)
         elif node.op != "output":
@@ -59,7 +65,21 @@ def prove_locality(module: torch.fx.GraphModule) -> Locality:
     return proof
 
 
+def _sort_inputs(proof: Locality, graph: torch.fx.Graph) -> None:
+    """Tell the inputs over the tokens of the logits from those that stay as they are while tokens join."""
+    output = next(iter(reversed(graph.nodes)))
+    shapes = [value_of(n).shape for n in output.all_input_nodes if isinstance(value_of(n), torch.Tensor)]
+    growing = {expression_of(shape[1]) for shape in shapes if len(shape) == 3} - {1}
+    inputs = [n for n in graph.find_nodes(op="placeholder") if isinstance(value_of(n), torch.Tensor)]
+    over = [n for n in inputs if any(expression_of(size) in growing for size in value_of(n).shape)]
+    proof.given = [n for n in inputs if n not in over] if over else []
+    proof.batch = set().union(*(expression_of(value_of(n).shape[0]).free_symbols for n in over))
+
+
 def _placeholder(proof: Locality, node: Node) -> None:
+    if node in proof.given:
+        proof.fixed.add(node)
+        return
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         refuse(node, "the model takes a number as input, which an incremental decoder cannot give.")
@@ -72,6 +92,9 @@ def _placeholder(proof: Locality, node: Node) -> None:
 
 
 def _call(proof: Locality, node: Node) -> None:
+    if _is_fixed(proof, node):
+        proof.fixed.add(node)
+        return
     value = value_of(node)
     if all(n in proof.closed for n in node.all_input_nodes) and not is_floating(value):
         proof.closed.add(node)
@@ -87,6 +110,16 @@ def _call(proof: Locality, node: Node) -> None:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "subquad":
         _attention(proof, node)
         return
+    if (other := next((n for n in node.all_input_nodes if n in proof.fixed), None)) is not None:
+        source = next((n.name for n in ancestors([other]) if n in proof.given), other.name)
+        refuse(node, f"`{packet}` mixes tokens with what is computed from `{source}`, outside of cross attention.")
+    if all(n in proof.placed for n in tensor_inputs(node)):
+        proof.placed.add(node)
+        if any(n in proof.pairs for n in node.all_input_nodes) or _pairs(proof, value):
+            proof.pairs.add(node)
+            return
+    elif any(n in proof.pairs for n in node.all_input_nodes):
+        refuse(node, f"`{packet}` reads a table of tokens by tokens outside attention.")
     rule = RULES.get(packet)
     if rule is None and is_pointwise(node):
         rule = broadcast
@@ -104,6 +137,22 @@ def _number(proof: Locality, node: Node) -> None:
         return
     if reads_tokens(proof, node):
         refuse(node, f"`{name_of(node)}` reads a number out of a tensor over tokens.")
+
+
+def _pairs(proof: Locality, value: Any) -> bool:
+    """Whether a tensor has two axes of tokens."""
+    return isinstance(value, torch.Tensor) and sum(proof.depends_on_length(size) for size in value.shape) > 1
+
+
+def _is_fixed(proof: Locality, node: Node) -> bool:
+    """Whether a value depends on the given inputs, and neither on tokens nor on their number."""
+    if not proof.given or reads_tokens(proof, node) or reads_length(proof, node):
+        return False
+    value = value_of(node)
+    if isinstance(value, torch.SymInt):
+        symbols = expression_of(value).free_symbols
+        return bool(symbols) and not symbols & (proof.tokens | proof.batch)
+    return any(n in proof.fixed for n in node.all_input_nodes)
 
 
 SHAPED = {
@@ -136,7 +185,21 @@ def _attention(proof: Locality, node: Node) -> None:
     named = operator_arguments(node)
     keys = named["k"] if isinstance(named["k"], (list, tuple)) else [named["k"]]
     values = named["v"] if isinstance(named["v"], (list, tuple)) else [named["v"]]
+    if proof.axes.get(named["q"]) == TokenAxis(1) and {*keys, *values} <= proof.fixed:
+        _cross(proof, node, named)
+        return
     for n in (named["q"], *keys, *values):
         if proof.axes.get(n) != TokenAxis(1):
             refuse(node, "an attention operator reads tokens that are not all on axis 1 (is it cross attention?).")
     proof.axes[node] = TokenAxis(1)
+
+
+def _cross(proof: Locality, node: Node, named: dict[str, Any]) -> None:
+    """Attention of tokens to what is fixed: a token reads all of it, whatever tokens stand beside it."""
+    others = {n for n in node.all_input_nodes if n is not named["q"] and (n in proof.axes or n in proof.pairs)}
+    if others or reads_length(proof, node):
+        refuse(node, "the mask or bias of a cross attention is a table over tokens, which is not understood.")
+    if node.target is not torch.ops.subquad.softmax_attention.default:
+        refuse(node, "a recurrence over what is fixed is not understood.")
+    proof.axes[node] = TokenAxis(1)
+    proof.cross.append(node)

@@ -218,6 +218,17 @@ def _expand(proof: Locality, node: Node) -> None:
         _fill(proof, node)
 
 
+def _repeat(proof: Locality, node: Node) -> None:
+    """Copies along axes that are not the tokens'."""
+    axis = proof.axes.get(node.args[0])
+    if axis is not None:
+        times: Any = node.args[1]
+        place = axis.axis + len(times) - len(shape_of(node.args[0]))
+        if times[place] != 1:
+            refuse(node, "`repeat` puts the tokens one more time behind themselves.")
+        proof.axes[node] = TokenAxis(place, axis.outer, axis.inner)
+
+
 def _cat(proof: Locality, node: Node) -> None:
     place = operator_arguments(node).get("dim", 0) % len(shape_of(node))
     axes = {proof.axes.get(n) for n in tensor_inputs(node)}
@@ -280,6 +291,6 @@ RULES = {
     **dict.fromkeys(("full", "ones", "zeros", "empty", "new_ones", "new_zeros", "new_full", "scalar_tensor"), _fill),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), _split),
     "linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze, "slice": _slice, "arange": _arange, "expand": _expand, "cat": _cat, "select": _select,
+    "squeeze": _squeeze, "slice": _slice, "arange": _arange, "expand": _expand, "repeat": _repeat, "cat": _cat, "select": _select,
     "embedding": _embedding, "index": _index,
 }  # fmt: skip

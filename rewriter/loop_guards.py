@@ -82,14 +82,14 @@ def checked(step: StepModel, original: Call, args: tuple[Any, ...], kwargs: dict
 
 
 def _rows(step: StepModel, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[str]:
-    inputs, why = step.bound(args, kwargs)
-    if why is not None:
+    given, why = step.bound(args, kwargs)
+    if given is None:
         raise Broken("arguments", f"the call is not the captured one: {why}.")
-    ids, mask = inputs[0], inputs[1] if len(inputs) > 1 else None
+    ids, mask, others = given
     last = ids.shape[1] - 1
     prefix = PrefixCall(step.decoder.engine)
     want = step.last_row(out)
-    whole = prefix.row(ids, mask, last)
+    whole = prefix.row(ids, mask, last, others)
     _same(step, whole, want, "multi-row", "the decoder's row after a prefill")
     if step.rows.kept == "all" and last > 0:
         changed = ids.clone()
@@ -97,13 +97,13 @@ def _rows(step: StepModel, original: Call, args: tuple[Any, ...], kwargs: dict[s
         earlier = step.logits(original(*_replaced(args, ids, changed), **_named(kwargs, ids, changed)))[:, :-1]
         _same(step, earlier, step.logits(out)[:, :-1], "causality", "rows before a token that was changed")
     for index in range(max(0, last - 2), last + 1):
-        stepped = prefix.row(ids, mask, index)
+        stepped = prefix.row(ids, mask, index, others)
     _same(step, stepped, want, "multi-row", "the decoder's row after single steps")
     junk = torch.cat([ids, (ids[:, -1:] + 1) % step.vocabulary], 1)
     if step.decoder.programs.layout.limit is None or junk.shape[1] <= step.decoder.programs.layout.limit:
         longer = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, -1:])], 1)
-        prefix.row(junk, longer, last + 1)
-    _same(step, prefix.row(ids, mask, last), want, "rollback", "the decoder's row after a rollback")
+        prefix.row(junk, longer, last + 1, others)
+    _same(step, prefix.row(ids, mask, last, others), want, "rollback", "the decoder's row after a rollback")
     return [
         "causality: every operation outside attention is token by token, every mask is causal (proved on the graph)",
         f"multi-row and rollback: rows agree to {(whole - want).abs().max():.1e}",

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from subquad.call_positions import counted
 from subquad.ir.errors import CaptureError, SubquadError, first_line
 from subquad.ir.loop import Slot
 from subquad.ir.loop_rewrite import LoopRewrite
-from subquad.loop_guards import Broken, checked, deterministic, readable, tokens_alone
+from subquad.loop_guards import Broken, checked, deterministic, readable
 from subquad.runtime.lazy_logits import LazyLogits
 from subquad.runtime.lookahead import Lookahead
 from subquad.runtime.pacing import MeasuredPacing, Pacing
 from subquad.runtime.prefix_call import PrefixCall
-from subquad.step_model import StepModel, step_model
+from subquad.step_model import Given, StepModel, step_model
 
 COMPARED = 3
 """Calls of a loop that are answered by the model itself while the decoder's rows are compared with its."""
+SHIFTED = "their positions count from the first real token, and the model reads more of them than their order"
 REBUILT = 2
 """How often a model whose parameters changed between calls is captured again."""
 
@@ -37,6 +39,7 @@ class LoopModel:
     uses, kept: how the loop reads the call's result, and where values of the logits leave it (see `Reading`).
     step: the decoder behind the calls, None before the first call.  refused: (guard, sentence) that keeps the original
     loop.  passed: the guards that held, in words.  answered, original: calls by who answered them.
+    shifts: whether the model gives the same wherever the places of a row begin, None before that was tried.
     speculation: how drafts are made, None for none; pacing: how many of them are run.  keeping: what is known of the cache
     that the loop passes along (see `cached_run.Keeping`), None before its first call and for loops without.
     """
@@ -53,6 +56,7 @@ class LoopModel:
     original: int = 0
     notes: list[str] = field(default_factory=list)
     speculation: LoopRewrite | None = None
+    shifts: bool | None = None
     pacing: Pacing | None = None
     keeping: Any = None
 
@@ -83,21 +87,25 @@ class LoopRun:
         why = self._why_original(kwargs)
         if model.refused is None and why is None and model.step is None:
             return self._first(original, args, kwargs)
-        inputs: list[Tensor] = []
+        given: Given | None = None
+        places = counted(model.root, kwargs)
         if model.refused is None and why is None and model.step is not None:
-            inputs, why = model.step.bound(args, kwargs)
-        if model.refused is not None or why is not None or model.step is None:
+            given, why = model.step.bound(args, places.left_out(kwargs))
+            if places.shifted and model.shifts is False:
+                given, why = None, SHIFTED
+        if given is None or model.step is None:
             if why is not None:
                 model.note(f"some calls ran the model itself: {why}")
             model.original += 1
             return original(*args, **kwargs)
         self.ready()
         assert self.prefix is not None
+        if places.shifted and model.shifts is None:
+            return self._shifted(original, args, kwargs, given)
         if model.compared < COMPARED:
-            return self._compared(original, args, kwargs, inputs)
+            return self._compared(original, args, kwargs, given)
         self.count()
-        ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
-        return model.step.returned(_logits(self.prefix, model.step, ids, mask, lambda: original(*args, **kwargs)))
+        return model.step.returned(_logits(self.prefix, model.step, given.copied(), lambda: original(*args, **kwargs)))
 
     def ready(self) -> None:
         """Have a decoder state for the model as it is now."""
@@ -138,33 +146,50 @@ class LoopRun:
             odd = [type(v).__name__ for v in pytree.tree_leaves((args, kwargs)) if _may_change(v)]
             if odd:
                 raise Broken("arguments", f"a call is given a {odd[0]}, which the model may change.")
-            tokens_alone(model.root, *kept)
             held = deterministic(model.root, original, *kept, out)
-            model.step = step_model(model.root, *kept, out)
+            places = counted(model.root, kept[1])
+            plain = kept[0], places.left_out(kept[1])
+            model.step = step_model(model.root, *plain, out)
             readable(model.step, model.uses)
-            model.passed = [held, *checked(model.step, original, *kept, out)]
+            model.passed = [held, *checked(model.step, original, *plain, out)]
+            model.shifts = True if places.shifted else model.shifts
+        return out
+
+    def _shifted(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Given
+    ) -> Any:
+        """The first call whose positions count from the first real token: the model answers, and tells if that matters."""
+        model, given = self.model, given.copied()
+        assert model.step is not None
+        model.original += 1
+        out = original(*args, **kwargs)
+        try:
+            model.shifts = self._compare(model.step, out, given) or None
+        except Broken:
+            model.shifts = False
+            model.note(f"some calls ran the model itself: {SHIFTED}")
         return out
 
     def _compared(
-        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Given
     ) -> Any:
         """A call that the model answers while the decoder's row is compared with its."""
         model, step = self.model, self.model.step
         assert step is not None
         assert self.prefix is not None
         model.original += 1
-        ids, mask = inputs[0].clone(), inputs[1].clone() if len(inputs) > 1 else None
+        given = given.copied()
         out = original(*args, **kwargs)
         with refuse_by(model):
-            if self._compare(step, out, ids, mask):
+            if self._compare(step, out, given):
                 model.compared += 1
         return out
 
-    def _compare(self, step: StepModel, out: Any, ids: Tensor, mask: Tensor | None) -> bool:
+    def _compare(self, step: StepModel, out: Any, given: Given) -> bool:
         """The decoder's row behind ids is the model's; False when the decoder has no room, raises Broken when it is another."""
         assert self.prefix is not None
         try:
-            row = self.prefix.row(ids, mask, ids.shape[1] - 1)
+            row = self.prefix.row(given.ids, given.mask, given.ids.shape[1] - 1, given.others)
         except SubquadError as error:
             self.model.note(f"some calls ran the model itself: {first_line(error)}")
             return False
@@ -198,11 +223,9 @@ def _copies(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _logits(
-    prefix: PrefixCall, step: StepModel, ids: Tensor, mask: Tensor | None, original: Callable[[], Any]
-) -> Tensor:
+def _logits(prefix: PrefixCall, step: StepModel, given: Given, original: Callable[[], Any]) -> Tensor:
     """The call's logits, to be computed when they are read."""
-    last = ids.shape[1] - 1
+    ids, last = given.ids, given.ids.shape[1] - 1
 
     def whole() -> Tensor:
         with inactive():
@@ -211,7 +234,7 @@ def _logits(
 
     def read(index: int) -> Tensor:
         try:
-            return prefix.row(ids, mask, last if step.rows.kept != "all" else index)
+            return prefix.row(ids, given.mask, last if step.rows.kept != "all" else index, given.others)
         except SubquadError:
             return whole()[:, index].clone()
 

@@ -88,11 +88,14 @@ def _attentions(graph: torch.fx.Graph, visible: Visible, above: Visible | None =
         shared = {} if joined is None else operator_arguments(joined)
         beyond = SoftmaxSpec.parse(shared["spec"]).mask if shared else None
         others = [user for user in node.users if user.args[1] != 0 and list(user.users) != [joined]]
-        if spec.mask is None or _reads_head(spec.mask) or others or (beyond is not None and _reads_head(beyond)):
+        if named["bias"] is not None or spec.mask is None or _reads_head(spec.mask) or others:
+            continue
+        if beyond is not None and _reads_head(beyond):
             continue
         tables = named["operands"][:-1]
         tree = f" & t{len(tables)}[b, i, j]"
-        assert spec.mask.endswith(tree)
+        if not spec.mask.endswith(tree):  # a cross attention, which reads what is fixed
+            continue
         with graph.inserting_before(node):
             seen = shown(visible, tables, named["scalars"], spec.mask.removesuffix(tree))
             how = (named["sinks"], spec.scale, spec.softcap or 0.0, EMPTY_ROWS.index(spec.empty_rows))

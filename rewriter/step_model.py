@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from subquad.application import original_forward, rewritten
 from subquad.bound_forward import BoundForward, own_hooks_lifted
@@ -34,6 +36,21 @@ SHORTEST = 8
 """Columns of the example a model is captured with: an axis of one element would be fixed at it."""
 
 
+class Given(NamedTuple):
+    """What one call gives a decoder.
+
+    ids: int64 [B, T].  mask: int64 [B, T], None where the model takes none.  others: the inputs that do not grow.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    others: tuple[Tensor, ...] = ()
+
+    def copied(self) -> Given:
+        """The same in memory that the caller does not write to; the others are compared by value, and not copied here."""
+        return Given(self.ids.clone(), None if self.mask is None else self.mask.clone(), self.others)
+
+
 @dataclass
 class StepModel:
     """A causal model whose calls on ids [B, T] can be answered row by row.
@@ -53,10 +70,20 @@ class StepModel:
     dtype: torch.dtype
     watch: Watch
 
-    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], str | None]:
-        """The ids, and the mask if the model takes one, of a call; or why it is not the captured one."""
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The inputs of the captured graph, in order."""
+        return tuple(str(n.target) for n in self.call.capture.graph.graph.find_nodes(op="placeholder"))
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given | None, str | None]:
+        """What a call gives the decoder; or None and why it is not the captured one."""
         inputs, why = self.call.bound_inputs(args, without_cache(self.root, kwargs))
-        return inputs, why or self.call.capture.guards.broken(inputs)
+        if (why := why or self.call.capture.guards.broken(inputs)) is not None:
+            return None, why
+        layout = self.decoder.programs.layout
+        named = dict(zip(self.names, inputs, strict=True))
+        tokens, others = [named[n] for n in layout.inputs], () if layout.fixed is None else layout.fixed.inputs
+        return Given(tokens[0], tokens[1] if len(tokens) > 1 else None, tuple(named[n] for n in others)), None
 
     def compile(self) -> None:
         """Compile the decoder beside the loop, where its weights are worth it; a program is used once it is ready."""
@@ -146,7 +173,7 @@ def _made(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         _any_length(captured)
         applied = _with_operators(captured)
     every, rows = with_every_row(applied)
-    made = decoder_of(root) if record is not None and rows.kept == "all" else decoder(every)
+    made = decoder_of(root) if record is not None and rows.kept == "all" else decoder(every, others=True)
     logits = at(out, place)
     return StepModel(
         root,
@@ -192,15 +219,17 @@ def without_cache(root: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments with token tensors repeated to a length that may become symbolic."""
+    """The call's arguments with tensors [B, T] and floating [B, T, D] repeated to a length that may become symbolic."""
 
-    def long(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
-            repeats = -(-SHORTEST // value.shape[1]) if value.shape[1] else 1
-            return value.repeat(1, repeats)[:, :SHORTEST] if value.shape[1] < SHORTEST else value.clone()
-        return value
+    def long(value: Tensor) -> Tensor:
+        if value.dim() != 2 + value.is_floating_point():
+            return value
+        repeats = [1] * value.dim()
+        repeats[1] = -(-SHORTEST // value.shape[1]) if value.shape[1] else 1
+        return value.repeat(repeats)[:, :SHORTEST] if value.shape[1] < SHORTEST else value.clone()
 
-    return tuple(long(v) for v in args), {key: long(v) for key, v in kwargs.items()}
+    example: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, long, (args, kwargs))
+    return example
 
 
 def dropping(root: nn.Module) -> bool:

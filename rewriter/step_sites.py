@@ -11,6 +11,7 @@ import torch
 import torch.fx
 
 from subquad.kernels.spec import SoftmaxSpec
+from subquad.pair_tables import PairTables
 from subquad.token_axis import TokenAxis, operator_arguments
 
 Node = torch.fx.Node
@@ -31,12 +32,14 @@ def _call(graph: torch.fx.Graph, site: Node, named: Mapping[str, Any]) -> Node:
 class PromptSites:
     """Sites of rows [B, T] before which nothing came: they read the new keys, and leave them in the buffers."""
 
-    def __init__(self, graph: torch.fx.Graph, shared: Mapping[str, Node]) -> None:
-        self.graph, self.columns = graph, shared["columns"]
+    def __init__(self, graph: torch.fx.Graph, shared: Mapping[str, Node], pairs: PairTables) -> None:
+        self.graph, self.columns, self.pairs = graph, shared["columns"], pairs
 
     def site(self, site: Node, mapping: dict[Node, Node], tables: dict[Node, Node], state: list[Node]) -> Node:
         """The operator node of a site; tables: what masks read over the whole history."""
-        over = tables if len(state) == 2 else {}
+        over = dict(tables) if len(state) == 2 else {}
+        if (bias := operator_arguments(site).get("bias")) is not None:
+            over[bias] = self.pairs.bias(bias)
         named = dict(torch.fx.node.map_arg(operator_arguments(site), lambda n: over.get(n, mapping.get(n))))
         if len(state) == 4:
             named |= dict(zip(RECURRENT, state, strict=True))
@@ -44,6 +47,10 @@ class PromptSites:
             for buffer, value in zip(state, (named["k"][0], named["v"][0]), strict=True):
                 self.graph.call_function(aten.index_copy_.default, (buffer, 1, self.columns, value))
         return _call(self.graph, site, named)
+
+    def cross(self, site: Node, mapping: dict[Node, Node]) -> Node:
+        """The operator node of a site whose keys and values are fixed."""
+        return self.graph.node_copy(site, lambda n: mapping[n])
 
     def output(self, made: Node, number: int) -> Node:
         """One output of a site's operator."""
@@ -57,15 +64,20 @@ class StepSites:
     at the columns of queries and slots, and `tree` says which slots hold what comes before a query at all.
     """
 
-    def __init__(self, graph: torch.fx.Graph, shared: Mapping[str, Node], axes: Mapping[Node, TokenAxis]) -> None:
-        self.graph, self.shared, self.axes = graph, shared, axes
+    def __init__(
+        self, graph: torch.fx.Graph, shared: Mapping[str, Node], axes: Mapping[Node, TokenAxis],
+        pairs: PairTables | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.shared, self.axes, self.pairs = graph, shared, axes, pairs
         size = aten.sym_size.int
         self.batch, self.width = (graph.call_function(size, (shared["queries"], n)) for n in (0, 1))
         self.slots = graph.call_function(size, (shared["keys"], 1))
 
     def site(self, site: Node, mapping: dict[Node, Node], tables: dict[Node, Node], state: list[Node]) -> Node:
         """The operator node of a site; tables: what masks read over the whole history."""
-        over = tables if len(state) == 2 else {}
+        over = dict(tables) if len(state) == 2 else {}
+        if (bias := operator_arguments(site).get("bias")) is not None and self.pairs is not None:
+            over[bias] = self.pairs.bias(bias)
         named = dict(
             torch.fx.node.map_arg(
                 operator_arguments(site), lambda n: over[n] if n in over else self._by_row(n, mapping[n])
@@ -80,6 +92,11 @@ class StepSites:
         else:
             self._softmax(site, named, mapping, state)
         return _call(self.graph, site, named)
+
+    def cross(self, site: Node, mapping: dict[Node, Node]) -> Node:
+        """The operator node of a site whose keys and values are fixed: they are rows as they stand."""
+        named = dict(torch.fx.node.map_arg(operator_arguments(site), lambda n: self._by_row(n, mapping[n])))
+        return _call(self.graph, site, {**named, "q_positions": self.shared["queries"]})
 
     def output(self, made: Node, number: int) -> Node:
         """One output of a site's operator, its rows strung to one."""

@@ -43,6 +43,10 @@ class Locality:
     axes: the token axis of every tensor node that has one.  tokens: symbols that stand for the sequence length.
     inputs: placeholders with a token axis.  history: nodes that are running sums over the inputs' tokens.
     closed: nodes that depend on inputs and constants through integer or boolean values only.
+    given: placeholders that do not grow with the tokens.  fixed: these, and what depends on them and on parameters alone.
+    placed: nodes that depend on places and parameters alone.  pairs: those of them that are tables of tokens by tokens, or are
+    computed from one.
+    batch: symbols of the number of rows.  cross: attention sites whose keys and values are fixed.
     """
 
     axes: dict[Node, TokenAxis] = field(default_factory=dict)
@@ -50,6 +54,12 @@ class Locality:
     inputs: list[Node] = field(default_factory=list)
     history: list[Node] = field(default_factory=list)
     closed: set[Node] = field(default_factory=set)
+    placed: set[Node] = field(default_factory=set)
+    pairs: set[Node] = field(default_factory=set)
+    given: list[Node] = field(default_factory=list)
+    fixed: set[Node] = field(default_factory=set)
+    batch: set[sympy.Symbol] = field(default_factory=set)
+    cross: list[Node] = field(default_factory=list)
 
     def depends_on_length(self, size: Any) -> bool:
         """True when a size or number varies with the sequence length."""

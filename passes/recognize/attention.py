@@ -139,6 +139,8 @@ class _Finder:
         else:
             read = visible(element)
             if read is None:
+                if (parts := reader.in_parts(scores, node, mask)) is not None:
+                    return parts, "zero" if parts.infinite else "mean"
                 tensor = reader.over_scores(mask, node)
                 return replace(scores, biases=(Bias(tensor.node, tensor.views),)), "zero"
             seen, fill, role = read[0], float("-inf") if read[1] else LOW, "low"

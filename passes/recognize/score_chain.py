@@ -143,9 +143,34 @@ class ScoreReader(ScoreFrame):
         if read is None:
             if scores.sinks is not None:
                 raise NotAttention("a bias is added to the scores after a sink logit was appended", node, "step")
+            if factor > 0 and (split := self.in_parts(scores, node, other, factor)) is not None:
+                return split
             tensor = self.over_scores(other, node)
             return scores.after(node, "bias", biases=(*scores.biases, Bias(tensor.node, tensor.views, factor)))
         return masked(self, scores, node, "mask", read[0], float("-inf") if read[1] else LOW, other, "low")
+
+    def in_parts(self, scores: Scores, node: Node, other: Node, factor: float = 1.0) -> Scores | None:
+        """The scores plus a bias and a mask that were joined before they met the scores; None for any other tensor."""
+        while kind(other) == "contiguous":
+            other = arguments(other)["x"]
+        a = arguments(other)
+        if kind(other) in ("where", "masked_fill"):
+            sides = (a["x"], a["value"]) if kind(other) == "masked_fill" else (a["a"], a["b"])
+            bias = next((side for side in sides if isinstance(side, Node) and self.number(side) is None), None)
+            fill = sides[0] if sides[1] is bias else sides[1]
+            if bias is None or (low := self.number(fill)) is None or low > -1e30:
+                return None
+            return filled(self, self._plus(scores, node, bias, factor), node, bias, a)
+        parts = (a["a"], a["b"]) if kind(other) == "add" and a.get("alpha", 1) == 1 else ()
+        if not all(
+            isinstance(part, Node) and len(shape_of(part) or ()) == len(shape_of(other) or ()) for part in parts
+        ):
+            return None
+        if not any(visible(self.element(part, node)) is not None for part in parts):
+            return None
+        for part in parts:
+            scores = self._plus(scores, node, part, factor)
+        return scores
 
     def _clamped(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
         if kind(node) == "clamp":

@@ -69,9 +69,9 @@ class DecodeEngine:
         self.layout, self.eager, self.device = layout, eager, device
         self.compiled: dict[str, Executor] = {}
 
-    def start(self, batch: int, capacity: int) -> DecoderState:
-        """An empty state."""
-        return new_state(self.layout, batch, capacity, self.device)
+    def start(self, batch: int, capacity: int, fixed: tuple[Tensor, ...] = ()) -> DecoderState:
+        """An empty state; fixed: the values of the layout's `Fixed`, if it has one."""
+        return new_state(self.layout, batch, capacity, self.device, fixed=fixed)
 
     def run(
         self, state: DecoderState, ids: Tensor, mask: Tensor | None = None, last_only: bool = True,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.fx
 
 from subquad.runtime.width_class import WidthClass, width_classes
+
+BATCH = "batch"
+"""The name of the number of rows among the sizes of a value."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,31 @@ class SiteState:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """What the inputs that do not grow with the tokens contribute: computed once a run, and read by every pass.
+
+    inputs: their names, as what an encoder made, its padding mask, or what it reads.  graph: GraphModule from them to the
+    values that passes read, such as keys and values of cross attention.  forms: dtype and sizes of each value; "batch"
+    stands for the rows, any other name for a size of the inputs.
+    """
+
+    inputs: tuple[str, ...]
+    graph: torch.fx.GraphModule
+    forms: tuple[tuple[torch.dtype, tuple[int | str, ...]], ...]
+
+    def values(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The values that passes read, in memory of their own; inputs: tensors in the order of the names."""
+        with torch.inference_mode():
+            return tuple(value.contiguous() for value in self.graph(*inputs))
+
+
+@dataclass(frozen=True)
 class DecoderLayout:
     """The inputs, states and limits of a decoder.
 
     history: GraphModule from the inputs over all n+w columns to (tables ..., running sums ...); None when there is neither.
     inputs: names of the token inputs, ids first.  tables: number of tables.  past_axes: token axis of each running sum.
-    limit: most tokens the position tables allow, None without limit.
+    limit: most tokens the position tables allow, None without limit.  fixed: what other inputs contribute, if there are any.
     """
 
     history: torch.fx.GraphModule | None
@@ -50,6 +73,7 @@ class DecoderLayout:
     tables: int
     past_axes: tuple[int, ...]
     limit: int | None
+    fixed: Fixed | None = None
 
     @property
     def trees(self) -> bool:

@@ -75,6 +75,7 @@ class RowModel:
         return DecoderState(
             state.device, [state.lengths[row]], {name: t[rows] for name, t in state.tokens.items()}, [],
             [t[rows] for t in state.k[:sites]], [t[rows] for t in state.v[:sites]], Recurrence((0,), ()), state.arange, shared,
+            fixed=tuple(t[rows] if t.shape[0] > 1 else t for t in state.fixed),
         )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ class StepInputs:
         if name in _VALUES:
             return _VALUES[name](self)
         kind, _, number = name.rpartition("_")
+        if kind == "fixed":
+            return self.state.fixed[int(number)]
         if not self.history:
             assert self.layout.history is not None
             self.history = self.layout.history(
@@ -166,6 +168,7 @@ def prompt_inputs(layout: DecoderLayout, state: DecoderState, ids: Tensor) -> di
     width = ids.shape[1]
     shared = {name: state.tokens[name][:, :width] for name in layout.inputs}
     shared["columns"] = state.arange[:width]
+    shared |= {f"fixed_{n}": value for n, value in enumerate(state.fixed)}
     if layout.history is not None:
         values = layout.history(*(shared[name] for name in layout.inputs))
         for n, value in enumerate(values):

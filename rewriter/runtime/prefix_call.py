@@ -28,19 +28,21 @@ class PrefixCall:
         self.engine, self.ahead = engine, ahead
         self.state: DecoderState | None = None
         self.ids = self.mask = torch.empty(0, 0, dtype=torch.int64)
+        self.others: tuple[Tensor, ...] = ()
         self.columns = 0
         """Columns run in all, for whoever wants to know what was saved."""
 
-    def row(self, ids: Tensor, mask: Tensor | None, index: int) -> Tensor:
+    def row(self, ids: Tensor, mask: Tensor | None, index: int, others: tuple[Tensor, ...] = ()) -> Tensor:
         """The logits [B, V] behind column `index` of ids [B, T] (mask [B, T] or None: all ones), in memory of their own.
 
+        others: the inputs of the layout's `Fixed`; where they are not those before, everything is run again.
         Raises GenerationError when the position table has no room.
         """
         total, last = index + 1, index + 1 == ids.shape[1]
         ids, mask = ids[:, :total], torch.ones_like(ids[:, :total]) if mask is None else mask[:, :total]
         state = self.state
-        if state is None or state.batch != ids.shape[0]:
-            state = self.state = self.engine.start(ids.shape[0], total + CHUNK)
+        if state is None or state.batch != ids.shape[0] or not self._same(others):
+            state = self.state = self.engine.start(ids.shape[0], total + CHUNK, self._fixed(others))
             self.ids = self.mask = ids[:, :0]
         shared = min(_shared(self.ids, ids), _shared(self.mask, mask))
         ahead = self.ahead if last and ids.shape[0] == 1 and bool((mask != 0).all()) else None
@@ -60,6 +62,18 @@ class PrefixCall:
             self.columns += stop - start
         self.ids, self.mask = ids.clone(), mask.clone()
         return logits[:, -1].clone()
+
+    def _same(self, others: tuple[Tensor, ...]) -> bool:
+        return all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(self.others, others, strict=len(self.others) > 0)
+        )
+
+    def _fixed(self, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The values that passes read of these inputs."""
+        if self.engine.layout.fixed is None:
+            return ()
+        self.others = tuple(t.clone() for t in others)
+        return self.engine.layout.fixed.values(self.others)
 
     def _with_drafts(self, ahead: Lookahead, ids: Tensor, kept: int, masked: bool) -> Tensor:
         """The row behind ids [1, T], computed in one pass with the rows of a draft behind them."""

@@ -73,7 +73,7 @@ class DecoderState:
     column base + s, and the nodes of a pending tree follow behind the row's length.  k, v: per KV site its part of the
     pools.  shared: the keys and values of the columns before the base, which rows have in common; None where base is 0.
     recurrence: it may lag behind the lengths; the next pass then runs the tokens between again.  checkpoints: the recurrence
-    before earlier passes, newest last.
+    before earlier passes, newest last.  fixed: the values [B or 1, ...] of `Fixed`, if the model reads any.
     """
 
     device: torch.device
@@ -87,6 +87,7 @@ class DecoderState:
     shared: SharedKeys | None = None
     pending: Pending | None = None
     checkpoints: list[Recurrence] = field(default_factory=list)
+    fixed: tuple[Tensor, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -125,9 +126,13 @@ class DecoderState:
 
 
 def new_state(
-    layout: DecoderLayout, batch: int, capacity: int, device: torch.device, own: int | None = None
-) -> DecoderState:
-    """An empty state for `batch` rows with room for `capacity` columns, and for the keys of `own` of them (None: all)."""
+    layout: DecoderLayout, batch: int, capacity: int, device: torch.device, own: int | None = None,
+    fixed: tuple[Tensor, ...] = (),
+) -> DecoderState:  # fmt: skip
+    """An empty state for `batch` rows with room for `capacity` columns, and for the keys of `own` of them (None: all).
+
+    fixed: the values of the layout's `Fixed`.
+    """
     capacity = _grains(capacity)
     slots = capacity if own is None else _grains(own, OWN_GRAIN)
     tokens = {
@@ -136,7 +141,8 @@ def new_state(
     }
     pools, k, v = key_buffers(layout, (batch, slots), device)
     arange = torch.arange(capacity, device=device)
-    return DecoderState(device, [0] * batch, tokens, pools, k, v, empty_recurrence(layout, batch, device), arange)
+    recurrence = empty_recurrence(layout, batch, device)
+    return DecoderState(device, [0] * batch, tokens, pools, k, v, recurrence, arange, fixed=fixed)
 
 
 def key_buffers(
@@ -289,6 +295,7 @@ def descendant(
         _selected(state.recurrence, rows, index),
         state.arange,
         checkpoints=[_selected(one, rows, index) for one in state.checkpoints],
+        fixed=tuple(t if t.shape[0] == 1 else t.index_select(0, index.to(t.device)) for t in state.fixed),
     )  # fmt: skip
 
 

@@ -154,3 +154,19 @@ class CrossDecoder(nn.Module):
     def forward(self, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         x = self.block(self.wte(ids))
         return self.head(x + (self.query(x) @ memory.transpose(1, 2)).softmax(-1) @ memory)
+
+
+class MeanTranslator(Translator):
+    """Its decoder adds the mean of the encoder's states to every token, beside attending to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = MeanDecoder()
+
+
+class MeanDecoder(CrossDecoder):
+    """Mixes a state of the whole source into every token."""
+
+    def forward(self, ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        x = self.block(self.wte(ids) + memory.mean(1, keepdim=True))
+        return self.head(x + (self.query(x) @ memory.transpose(1, 2)).softmax(-1) @ memory)

@@ -14,7 +14,7 @@ from spelled_models import HandWrittenDecoder
 
 from loops.case import Case
 from loops.models import VOCABULARY
-from loops.plain import decoder, llama
+from loops.plain import decoder, gpt2, llama
 
 TEXT = [chr(97 + n % 26) * (1 + n % 2) for n in range(VOCABULARY)]
 
@@ -223,6 +223,32 @@ def padded_on_the_left(model, ids, count=10):
     return ids
 
 
+def padded_in_the_second_run(model, ids, count=10):
+    mask = torch.ones_like(ids)
+    mask[0, : ids.shape[1] // 3] = 0
+    for _ in range(count):
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        row = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -1, :]
+        ids = torch.cat([ids, row.argmax(-1, keepdim=True)], -1)
+        mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], -1)
+    return ids
+
+
+def counts_by_hand(model, ids, count=10):
+    for _ in range(count):
+        where = torch.arange(ids.shape[1]).unsqueeze(0).expand(ids.shape[0], -1)
+        ids = torch.cat([ids, model(input_ids=ids, position_ids=where).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def counts_from_elsewhere(model, ids, count=10):
+    for _ in range(count):
+        where = torch.arange(ids.shape[1]).flip(0).unsqueeze(0)
+        row = model(ids, position_ids=where).logits[:, -1:]
+        ids = torch.cat([ids, row.argmax(-1)], 1)
+    return ids
+
+
 def chooses_in_numpy(model, ids, count=12, seed=3):
     source, tokens = np.random.default_rng(seed), ids[0].tolist()
     for _ in range(count):
@@ -349,8 +375,12 @@ CASES = [
     Case(looks_back, decoder, refused=("model", "more than once", "again = model(tried)")),
     Case(heals_the_last_token, decoder, longest=9, reads={"processors": "mask"}),
     Case(tries_and_cleans_up, decoder, reads={"stop": "return"}),
-    Case(padded_on_the_left, llama, batch=2, longest=9,
-         refused=("guard causality", "position_ids", "row = model(input_ids=ids, attention_mask=mask")),
+    Case(padded_on_the_left, llama, batch=2, longest=9),
+    Case(padded_on_the_left, gpt2, batch=2, longest=9,
+         refused=("guard multi-row", "differ from the model's", "row = model(input_ids=ids, attention_mask=mask")),
+    Case(counts_by_hand, llama, batch=2),
+    Case(padded_in_the_second_run, gpt2, batch=2, partly="their positions count from the first real token"),
+    Case(counts_from_elsewhere, gpt2, partly="it was captured without `position_ids`"),
     Case(chooses_in_numpy, decoder, reads={"choice": "random choice"}),
     Case(appends_and_joins_at_the_end, decoder, batch=2, reads={"write": "append"}),
     Case(window_in_a_deque, decoder, reads={"write": "append"}),

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from loops.case import Case
-from loops.models import VOCABULARY, Translator
+from loops.models import VOCABULARY, MeanTranslator, Translator
 
 
 def t5() -> Any:
@@ -32,6 +39,16 @@ def whisper() -> Any:
         max_target_positions=64, decoder_start_token_id=3, pad_token_id=0, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
     return WhisperForConditionalGeneration(config).eval()
+
+
+def bart() -> Any:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
 
 
 def whole_prefix(model, ids, count=10):
@@ -103,15 +120,54 @@ def translate_in_samples(model, ids, count=10):
     return words
 
 
+def padded_source(model, ids, count=12):
+    mask = torch.ones_like(ids)
+    mask[0, ids.shape[1] // 2 + 1 :] = 0
+    memory = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
+    words = torch.full((ids.shape[0], 1), model.config.decoder_start_token_id)
+    done = torch.zeros(ids.shape[0], dtype=torch.bool)
+    while words.shape[1] < count and not done.all():
+        out = model(attention_mask=mask, encoder_outputs=memory, decoder_input_ids=words, use_cache=False)
+        best = out.logits[:, -1].argmax(-1).masked_fill(done, model.config.pad_token_id)
+        words = torch.cat([words, best[:, None]], 1)
+        done = done | (best == model.config.eos_token_id)
+    return words
+
+
+def hears_something_else_on_the_way(model, ids, count=12):
+    memory = model.encoder(ids)
+    words = ids[:, :1]
+    for n in range(count):
+        if n % 4 == 3:
+            memory = memory.flip(1)
+        words = torch.cat([words, model.decoder(words, memory)[:, -1:].argmax(-1)], 1)
+    return words
+
+
+def writes_into_what_it_heard(model, ids, count=12):
+    memory = model.encoder(ids)
+    words = ids[:, :1]
+    for n in range(count):
+        if n == 7:
+            memory.mul_(-0.5)
+        words = torch.cat([words, model.decoder(words, memory)[:, -1:].argmax(-1)], 1)
+    return words
+
+
 CASES = [
-    Case(whole_prefix, t5, batch=2, refused=("guard context", "`encoder_outputs`", "logits = model(encoder_outputs=memory"),
-         reads={"context": "full prefix", "stop": "break"}),
-    Case(encodes_every_time, t5, batch=2, refused=("guard context", "encodes `input_ids`", "logits = model(input_ids=ids")),
+    Case(whole_prefix, t5, batch=2, reads={"context": "full prefix", "stop": "break"}),
+    Case(encodes_every_time, t5, batch=2),
+    Case(padded_source, t5, batch=2),
+    Case(padded_source, bart, batch=2),
+    Case(padded_source, bart),
     Case(cache_of_both, t5, batch=2, refused=("guard context", "`encoder_outputs`", "out = model(encoder_outputs=memory"),
          reads={"context": "last token", "cache": "passed on"}),
     Case(listens, whisper, batch=2, refused=("model", "several modules", "model.proj_out(states[:, -1])")),
-    Case(listens_through_the_whole_model, whisper, batch=2, reads={"choice": "multinomial"},
-         refused=("guard context", "`encoder_outputs` [2, 16, 32]", "row = model(encoder_outputs=memory")),
+    Case(listens_through_the_whole_model, whisper, batch=2, reads={"choice": "multinomial"}),
     Case(listens_with_a_cache, whisper, batch=2, refused=("guard context", "`encoder_outputs`", "out = model(encoder_outputs")),
-    Case(translate_in_samples, Translator, batch=2, refused=("guard context", "`memory`", "model.decoder(words, memory)")),
+    Case(translate_in_samples, Translator, batch=2),
+    Case(hears_something_else_on_the_way, Translator, batch=2),
+    Case(writes_into_what_it_heard, Translator, batch=2),
+    Case(hears_something_else_on_the_way, MeanTranslator, batch=2,
+         refused=("guard causality", "outside of cross attention", "model.decoder(words, memory)")),
 ]  # fmt: skip
