@@ -110,7 +110,7 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         sides = 2 if part in ("output", "step") else 1
         found += (sides * pad(parts.spec.feature_dim) + chunk) * pad(parts.spec.key_dim)
     if part == "output" and parts.what.window:
-        found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
+        found += (chunk // 2 + 32) * pad(parts.spec.key_dim) + 32 * block  # what it reads takes the place of the values
     found = int(found * EARLY.get(part, 1.5)) if early and not channel else found
     single = parts.spec.dtype == "float32"
     if channel and found:
