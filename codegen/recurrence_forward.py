@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subquad.codegen.loading import epilogue_arguments, epilogue_lines, prologue_arguments
 from subquad.codegen.recurrence_parts import Block, Parts
-from subquad.codegen.recurrence_window import combine, window_arguments, window_lines
+from subquad.codegen.recurrence_window import combine, query_lines, window_arguments, window_lines
 from subquad.codegen.text import Argument, fill
 
 TABLES: list[Argument] = [("bounds_ptr", "*i64"), ("chunks_ptr", "*i64"), ("owner_ptr", "*i64")]
@@ -282,6 +282,7 @@ value_ok = value_columns < $value_dim
 cells = (rows * heads + h)[:, None] * $value_dim + value_columns[None, :]
 $decays
 $weights
+$query
 read = $read
 mass = $mass
 score = tl.zeros([$chunk, $chunk], tl.float32)
@@ -335,7 +336,8 @@ def output(parts: Parts) -> tuple[str, list[Argument], list[str]]:
     body = fill(
         _OUTPUT, read=read, mass=mass, chunk_lines=chunk_lines(parts), chunk=parts.chunk, value_block=parts.value_block,
         value_dim=parts.spec.value_dim, decays=parts.decays(), weights=parts.weights("q") + parts.weights("k"),
-        blocks=blocks, triangle=parts.triangle("score"), values=values, product=parts.dot("score", "values"), finish=finish,
+        query=[] if raw else query_lines(parts), blocks=blocks, triangle=parts.triangle("score"), values=values,
+        product=parts.dot("score", "values"), finish=finish,
     )  # fmt: skip
     arguments = inputs(parts, "q", "k", *([] if parts.delta and not parts.what.window else ["v"]))
     arguments += [("corrected_ptr", element(parts))] if parts.delta else []

@@ -6,7 +6,6 @@ from subquad.codegen.recurrence_parts import Parts, pad
 from subquad.codegen.text import Argument, fill
 
 _WINDOW = """
-$query
 past = tl.load(past_ptr + n)
 live = tl.load(live_ptr + n)
 place0 = start - tl.load(bounds_ptr + n)
@@ -65,6 +64,17 @@ def window_arguments(parts: Parts) -> list[Argument]:
     return found + ([("sink_k_ptr", kind), ("sink_v_ptr", kind)] if parts.what.sinks else [])
 
 
+def query_lines(parts: Parts) -> list[str]:
+    """Lines that leave the rows of q for the window's products, as operands, so that no row in fp32 is kept beside the
+    linear part.
+    """
+    if not parts.what.window:
+        return []
+    width = parts.spec.key_dim
+    operand = ["query = query.to(tl.bfloat16)"] if parts.spec.dtype == "bfloat16" else []
+    return [f"key_columns = tl.arange(0, {pad(width)})", *parts.row("q", 0, width, pad(width), "query"), *operand]
+
+
 def window_lines(parts: Parts) -> list[str]:
     """Lines that leave the window's near [chunk, V], near_mass [chunk] and gamma."""
     what, spec = parts.what, parts.spec
@@ -76,10 +86,8 @@ def window_lines(parts: Parts) -> list[str]:
         "scale": repr(what.scale),
     }  # fmt: skip
     sinks = fill(_SINKS, **sizes, pair=parts.dot("query", "tl.trans(sink_keys)")) if what.sinks else []
-    key_columns = f"key_columns = tl.arange(0, {pad(spec.key_dim)})"
     return fill(
-        _WINDOW, **sizes, query=[key_columns, *parts.row("q", 0, spec.key_dim, pad(spec.key_dim), "query")],
-        chunk=parts.chunk, value_block=parts.value_block, block=32, window=what.window, sinks=sinks,
+        _WINDOW, **sizes, chunk=parts.chunk, value_block=parts.value_block, block=32, window=what.window, sinks=sinks,
         pair=parts.dot("query", "tl.trans(keys)"),
         gamma="tl.sigmoid(tl.load(gate_ptr + h))" if "gate" in spec.flags else constant,
     )  # fmt: skip

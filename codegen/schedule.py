@@ -110,7 +110,11 @@ def live_values(part: str, parts: Parts, chunk: int, block: int) -> int:
         sides = 2 if part in ("output", "step") else 1
         found += (sides * pad(parts.spec.feature_dim) + chunk) * pad(parts.spec.key_dim)
     if part == "output" and parts.what.window:
-        found += (chunk + 32) * (pad(parts.spec.key_dim) + block)
+        width = pad(
+            parts.spec.key_dim
+        )  # in bf16 queries are kept as operands, and what is read takes the place of the values
+        narrow = parts.spec.dtype == "bfloat16"
+        found += (chunk // 2 + 32) * width + 32 * block if narrow else (chunk + 32) * (width + block)
     found = int(found * EARLY.get(part, 1.5)) if early and not channel else found
     single = parts.spec.dtype == "float32"
     if channel and found:

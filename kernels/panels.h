@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int WIDEST = 3;        // vectors of query rows at once: eight keys' sums of three fill the registers (six of four spill)
+constexpr int WIDEST = LANES == 8 ? 2 : 3;  // vectors of query rows at once, ..
+constexpr int TALLEST = LANES == 8 ? 6 : 8;  // .. and keys: their sums nearly fill the registers (16 of 8 lanes, 32 of 16)
 constexpr int64_t BLOCK = 64;    // keys whose scores are held at once
 constexpr int64_t DEPTH = 32;    // numbers of a head that one sum adds up
 
@@ -89,9 +90,10 @@ inline void tile(const float* a, int64_t row, int64_t step, int64_t depth, const
 template <int VECTORS, bool ADD>
 void product(
     const float* a, int64_t row, int64_t step, int64_t rows, int64_t depth, const float* b, int64_t width, float* c) {
-  constexpr int M = LANES == 8 ? 4 : 8;
   int64_t m = 0;
-  for (; m + M <= rows; m += M) tile<M, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
+  for (; m + TALLEST <= rows; m += TALLEST)
+    tile<TALLEST, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
+  for (; m + 4 <= rows; m += 4) tile<4, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
   for (; m < rows; m++) tile<1, VECTORS, ADD>(a + m * row, row, step, depth, b, width, c + m * width);
 }
 

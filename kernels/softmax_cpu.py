@@ -53,11 +53,12 @@ def softmax_attention_cpu(
             found = segment_state(q, part, what, predicate, slots_of(bias, part))
             if found is not None:
                 state = found if state is None else merge(state[0].to(state[1].dtype), state[1], *found)
+    if native and state is not None:
+        state = state[0].to(torch.float32).contiguous(), state[1].to(torch.float32).contiguous()
     if state is None:
         dtype = torch.float32 if native else q.dtype
         state = torch.zeros(batch, q_len, heads, v[0].shape[3], dtype=dtype), _nothing(q)
     if native:
-        state = state[0].to(torch.float32).contiguous(), state[1].to(torch.float32).contiguous()
         add_stored(q, native, *state, what)
     o, lse = finish(*state, parts, sinks, what)
     return o.to(q.dtype), lse

@@ -54,15 +54,14 @@ def stored_segment(q: Tensor, segment: Segment, predicate: Predicate) -> Stored 
     rows, stored = segment.rows, segment.k.shape[0]
     if segment.paged or not fits(q, segment.k, segment.v):
         return None
-    readers = 1
-    if rows is not None:
-        counts = rows.bincount()
-        if len(counts) > stored:
+    if rows is not None and rows.numel():
+        low, high = (int(x) for x in rows.aminmax())
+        if low < 0 or high >= stored:
             raise ValueError(
-                f"softmax_attention got a row map that reads row {len(counts) - 1} of a segment of {stored} rows."
+                f"softmax_attention got a row map that reads row {high if high >= stored else low} of a segment of {stored} rows."
             )
-        readers = int(counts.max())
-    if readers * width * heads // segment.k.shape[2] > MOST_ROWS:
+    many = batch * width * heads // segment.k.shape[2] > MOST_ROWS
+    if many and (1 if rows is None else int(rows.bincount().max())) * width * heads // segment.k.shape[2] > MOST_ROWS:
         return None
     visible = None
     if not predicate.over(segment)[1]:

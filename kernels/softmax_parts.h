@@ -1,7 +1,7 @@
 // Softmax attention of few query rows a KV head over segments of stored keys, of which many rows may read the same ones.
 //
 // Where many query rows meet the same keys they lie in vector lanes; where few do, the numbers of a head lie there.  Keys and
-// values are read as stored, once for all rows that read them.
+// values are read as they lie in memory, once for all rows that read them.
 
 #pragma once
 
@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int64_t SHARES = 4;     // tasks for each thread
+constexpr int64_t PACKED = 1 << 16;  // numbers of keys and values that a task packs at once, so that they stay in the second cache
 constexpr int64_t LEAST = 128;    // keys of a task at least
 constexpr int64_t FEW = LANES / 2;  // query rows up to which they do not lie in lanes
 constexpr int ROWS = 4;           // query rows at once, where they do not
@@ -157,6 +158,11 @@ struct Call {
     return (row * width + rest / group()) * heads + head * group() + rest % group();
   }
 
+  // Whether the heads of a slot lie side by side in the segments, rather than the slots of a head.
+  bool beside(int64_t count) const {
+    return std::all_of(segments, segments + count, [](const Segment& s) { return s.k_head <= s.k_slot; });
+  }
+
   void add_parts(int64_t number) {
     const Segment& s = segments[number];
     const auto* reads = s.reads > 1 ? reinterpret_cast<const int64_t*>(s.reads) : nullptr;
@@ -172,24 +178,29 @@ struct Call {
   }
 };
 
-// Some keys of a part on one KV head.
+// Some keys of a part on KV heads first .. first + heads - 1: more than one where their numbers lie side by side, so that
+// memory is read in order.
 template <typename T>
 struct Task {
   const Part* part;
-  int64_t head, start, stop, rows;
+  int64_t first, heads, start, stop, rows;
   float* memory;
-  std::vector<Panel> panels;
+  std::vector<Panel> panels;  // those of the first head, of the next, ..
   std::vector<Few> fews;
 
   bool few() const { return rows <= FEW; }
 
   int64_t size(const Call<T>& call) const {
-    return few() ? rows * (filled(call.dim) + filled(call.out) + 2 * LANES)
-                 : filled(rows) * (call.dim + call.out + 2);
+    return heads * (few() ? rows * (filled(call.dim) + filled(call.out) + 2 * LANES)
+                          : filled(rows) * (call.dim + call.out + 2));
   }
 
   void arrange(const Call<T>& call) {
     float* next = memory;
+    for (int64_t head = first; head < first + heads; head++) next = arrange(call, head, next);
+  }
+
+  float* arrange(const Call<T>& call, int64_t head, float* next) {
     auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
     if (few()) {
       for (int64_t row = 0; row < rows; row += ROWS) {
@@ -198,10 +209,10 @@ struct Task {
         some.top = take(some.rows), some.total = take(some.rows);
         std::fill(some.queries, some.total + some.rows, 0.0f);
         std::fill(some.top, some.top + some.rows, -INFINITY);
-        for (int64_t r = 0; r < some.rows; r++) query(call, row + r, some.queries + r * filled(call.dim), 1);
+        for (int64_t r = 0; r < some.rows; r++) query(call, head, row + r, some.queries + r * filled(call.dim), 1);
         fews.push_back(some);
       }
-      return;
+      return next;
     }
     const int64_t vectors = filled(rows) / LANES, count = (vectors + WIDEST - 1) / WIDEST;
     int64_t row = 0;
@@ -214,12 +225,13 @@ struct Task {
       panel.top = take(panel.width), panel.total = take(panel.width);
       std::fill(panel.queries, panel.total + panel.width, 0.0f);
       std::fill(panel.top, panel.top + panel.width, -INFINITY);
-      for (int64_t lane = 0; lane < panel.rows; lane++, row++) query(call, row, panel.queries + lane, panel.width);
+      for (int64_t lane = 0; lane < panel.rows; lane++, row++) query(call, head, row, panel.queries + lane, panel.width);
       panels.push_back(panel);
     }
+    return next;
   }
 
-  void query(const Call<T>& call, int64_t row, float* to, int64_t step) const {
+  void query(const Call<T>& call, int64_t head, int64_t row, float* to, int64_t step) const {
     const float* from = call.q + call.place(*part, head, row) * call.dim;
     const float factor = call.cap > 0 ? call.scale / call.cap : call.scale;
     for (int64_t i = 0; i < call.dim; i++) to[i * step] = from[i] * factor;
@@ -229,8 +241,8 @@ struct Task {
     arrange(call);
     const Segment& s = call.segments[part->segment];
     float *scores = scratch, *wide = scratch + BLOCK * WIDEST * LANES;
-    const T* k = reinterpret_cast<const T*>(s.k) + part->k + head * s.k_head;
-    const T* v = reinterpret_cast<const T*>(s.v) + part->v + head * s.v_head;
+    const T* k = reinterpret_cast<const T*>(s.k) + part->k + first * s.k_head;
+    const T* v = reinterpret_cast<const T*>(s.v) + part->v + first * s.v_head;
     std::vector<const uint8_t*> shown;
     if (s.visible)
       for (int64_t row = 0; row < rows; row++) {
@@ -242,24 +254,39 @@ struct Task {
       if (s.visible && !holds(shown, 1, at, keys)) continue;
       const Seen seen{shown.data(), at}, *mask = s.visible && holds(shown, 0, at, keys) ? &seen : nullptr;
       const T *keys_at = k + at * s.k_slot, *values_at = v + at * s.v_slot;
-      for (Few& some : fews)
-        some.add(keys_at, s.k_slot, values_at, s.v_slot, keys, call.dim, call.out, scores, call.cap, mask);
-      if (panels.empty()) continue;
-      const float *ready_k, *ready_v;
-      int64_t k_slot = s.k_slot, v_slot = s.v_slot;
-      if (sizeof(T) == sizeof(float) && k_slot == call.dim && v_slot == call.out) {
+      if (few()) {
+        for (size_t n = 0; n < fews.size(); n++) {
+          const int64_t head = n * heads / fews.size();
+          fews[n].add(keys_at + head * s.k_head, s.k_slot, values_at + head * s.v_head, s.v_slot, keys, call.dim, call.out,
+                      scores, call.cap, mask);
+        }
+        continue;
+      }
+      const float *ready_k = wide, *ready_v = wide + heads * BLOCK * call.dim;
+      if (sizeof(T) == sizeof(float) && heads == 1 && s.k_slot == call.dim && s.v_slot == call.out) {
         ready_k = reinterpret_cast<const float*>(keys_at), ready_v = reinterpret_cast<const float*>(values_at);
       } else {
-        float *to_k = wide, *to_v = wide + BLOCK * call.dim;
-        for (int64_t key = 0; key < keys; key++) {
-          for (int64_t i = 0; i < call.dim; i++) to_k[key * call.dim + i] = widen(keys_at[key * k_slot + i]);
-          for (int64_t i = 0; i < call.out; i++) to_v[key * call.out + i] = widen(values_at[key * v_slot + i]);
-        }
-        ready_k = to_k, ready_v = to_v, k_slot = call.dim, v_slot = call.out;
+        pack(keys_at, s.k_slot, s.k_head, keys, call.dim, wide);
+        pack(values_at, s.v_slot, s.v_head, keys, call.out, wide + heads * BLOCK * call.dim);
       }
-      for (Panel& panel : panels)
-        panel.add(ready_k, k_slot, ready_v, v_slot, keys, call.dim, call.out, scores, call.cap, mask);
+      for (size_t n = 0; n < panels.size(); n++) {
+        const int64_t head = n * heads / panels.size();
+        panels[n].add(ready_k + head * BLOCK * call.dim, call.dim, ready_v + head * BLOCK * call.out, call.out, keys, call.dim,
+                      call.out, scores, call.cap, mask);
+      }
     }
+  }
+
+  // The numbers of `keys` slots, head by head, in fp32.
+  void pack(const T* from, int64_t slot, int64_t step, int64_t keys, int64_t width, float* to) const {
+    for (int64_t key = 0; key < keys; key++)
+      for (int64_t head = 0; head < heads; head++) {
+        const T* here = from + key * slot + head * step;
+        float* there = to + (head * BLOCK + key) * width;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) store(there + i, widened(here + i));
+        for (; i < width; i++) there[i] = widen(here[i]);
+      }
   }
 
   static bool holds(const std::vector<const uint8_t*>& shown, int what, int64_t start, int64_t keys) {
@@ -268,17 +295,17 @@ struct Task {
     return false;
   }
 
-  // Merge the state of query row r into that at `place`.
-  void merge(const Call<T>& call, int64_t r, int64_t place) const {
+  // Merge the state of query row r on a head into that at `place`.
+  void merge(const Call<T>& call, int64_t head, int64_t r, int64_t place) const {
     float top, total;
     const float* outputs;
     int64_t step = 1;
     if (few()) {
-      const Few& some = fews[r / ROWS];
+      const Few& some = fews[(head - first) * (fews.size() / heads) + r / ROWS];
       const int64_t lane = r % ROWS;
       top = some.top[lane], total = some.total[lane], outputs = some.outputs + lane * filled(call.out);
     } else {
-      const Panel* panel = panels.data();
+      const Panel* panel = &panels[(head - first) * (panels.size() / heads)];
       while (r >= panel->first + panel->rows) panel++;
       const int64_t lane = r - panel->first;
       top = panel->top[lane], total = panel->total[lane], outputs = panel->outputs + lane, step = panel->width;
@@ -297,7 +324,7 @@ struct Task {
   }
 };
 
-// The tasks of one query row: the first of a part's chunks on head 0, and the row's place among the part's members.
+// The tasks of one query row: the first of those over some slots, and the row's place among the part's members.
 struct Reading {
   int64_t task, member;
 };
@@ -307,8 +334,10 @@ void run(Call<T>& call, int64_t count) {
   for (int64_t s = 0; s < count; s++) call.add_parts(s);
   int64_t total = 0;
   for (const Part& part : call.parts) total += part.length * call.kv_heads;
-  const int64_t threads = omp_get_max_threads(), wanted = total / (threads > 1 ? SHARES * threads : 1) + 1;
-  const int64_t chunk = std::max(LEAST, (wanted + BLOCK - 1) / BLOCK * BLOCK);
+  const int64_t threads = omp_get_max_threads(), least = threads > 1 ? SHARES * threads : 1, wanted = total / least + 1;
+  int64_t at_once = call.beside(count) ? std::clamp<int64_t>(PACKED / (BLOCK * (call.dim + call.out)), 1, call.kv_heads) : 1;
+  while (threads > 1 && at_once > 1 && total < least * LEAST * at_once) at_once /= 2;
+  const int64_t chunk = std::max(LEAST, (wanted / at_once + BLOCK - 1) / BLOCK * BLOCK);
   std::vector<Task<T>> tasks;
   std::vector<std::vector<Reading>> readings(call.batch);
   int64_t space = 0;
@@ -316,13 +345,14 @@ void run(Call<T>& call, int64_t count) {
     for (int64_t start = 0; start < part.length; start += chunk) {
       const int64_t members = part.members.size();
       for (int64_t m = 0; m < members; m++) readings[part.members[m]].push_back({int64_t(tasks.size()), m});
-      for (int64_t head = 0; head < call.kv_heads; head++) {
-        Task<T> task{&part, head, start, std::min(start + chunk, part.length), members * call.width * call.group()};
+      for (int64_t head = 0; head < call.kv_heads; head += at_once) {
+        const int64_t stop = std::min(start + chunk, part.length), rows = members * call.width * call.group();
+        Task<T> task{&part, head, std::min(at_once, call.kv_heads - head), start, stop, rows};
         space += task.size(call);
         tasks.push_back(std::move(task));
       }
     }
-  const int64_t scratch = BLOCK * (WIDEST * LANES + call.dim + call.out), size = tasks.size();
+  const int64_t scratch = BLOCK * (WIDEST * LANES + at_once * (call.dim + call.out)), size = tasks.size();
   static thread_local std::vector<float> memory;
   if (int64_t(memory.size()) < space + threads * scratch) memory.resize(space + threads * scratch);
   float* next = memory.data() + threads * scratch;
@@ -337,8 +367,8 @@ void run(Call<T>& call, int64_t count) {
       const int64_t row = n / call.kv_heads, head = n % call.kv_heads, each = call.width * call.group();
       for (const Reading& reading : readings[row])
         for (int64_t r = 0; r < each; r++) {
-          const Task<T>& task = tasks[reading.task + head];
-          task.merge(call, reading.member * each + r, call.place(*task.part, head, reading.member * each + r));
+          const Task<T>& task = tasks[reading.task + head / at_once];
+          task.merge(call, head, reading.member * each + r, call.place(*task.part, head, reading.member * each + r));
         }
     }
   }

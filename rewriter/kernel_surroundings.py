@@ -1,20 +1,21 @@
-"""Tells which norm and rotary embedding in front of a site move into its kernels, and why the others stay with the compiler."""
+"""Tells which norms, rotary embedding and gate around a site move into its kernels, and why the others stay with the compiler."""
 
 from __future__ import annotations
 
 import math
 
 from subquad.ir.graph import shape_of
-from subquad.ir.provenance import Norm, Origin, Rotary
+from subquad.ir.provenance import Norm, Origin, Output, Rotary
 from subquad.ir.site import Site
-from subquad.kernels.surroundings import Prologue, Surroundings
+from subquad.kernels.surroundings import Epilogue, Prologue, Surroundings
 
 STYLES = ("half", "interleaved", "deinterleaved")
 
 
 def surroundings_of(site: Site, keys_too: bool) -> tuple[Surroundings, tuple[str, ...]]:
-    """What the kernels of a site do to rows of q (and of k, if `keys_too`) as they load them, with a sentence for each thing
-    that is proved to stand there and stays outside. Nothing moves that the recogniser has not proved.
+    """What the kernels of a site do to rows of q (and of k, if `keys_too`) as they load them, and to rows of o before they
+    store them, with a sentence for each thing that is proved to stand there and stays outside. Nothing moves that the
+    recogniser has not proved.
     """
     if site.provenance is None:
         return Surroundings(), ()
@@ -31,7 +32,20 @@ def surroundings_of(site: Site, keys_too: bool) -> tuple[Surroundings, tuple[str
                 f"{side}: {part.words(side).removeprefix(f'{side}: ')} stays outside, since each block of queries, or the "
                 "history of a window, reads the keys again."
             )
-    return Surroundings(found.get("q", Prologue()), found.get("k", Prologue())), tuple(outside)
+    behind = _epilogue(site.provenance.output, site.value_dim)
+    if isinstance(behind, str):
+        outside.append(f"o: {behind}")
+        behind = Epilogue()
+    return Surroundings(found.get("q", Prologue()), found.get("k", Prologue()), behind), tuple(outside)
+
+
+def _epilogue(output: Output, value_dim: int) -> Epilogue | str:
+    """The epilogue that stands behind an output, or a sentence that says why it stays outside."""
+    norm = output.norm
+    why = _unlike_a_row_norm(norm, value_dim) if norm is not None else ""
+    if why or norm is None:
+        return why or Epilogue(gate=output.act or "none")
+    return Epilogue("rms", norm.eps, norm.weight is not None, output.act or "none")
 
 
 def _prologue(origin: Origin, head_dim: int) -> Prologue | str:

@@ -36,8 +36,11 @@ AROUND = Surroundings(
 ).json()  # fmt: skip
 ATTENTION_AROUND = dataclasses.replace(SOFTMAX, around=AROUND)
 DELTA_AROUND = dataclasses.replace(GATED, around=AROUND)
+WINDOW_AROUND = dataclasses.replace(
+    WINDOWED, around=Surroundings(Prologue("rms", weight=True, rotary=64), o=Epilogue("rms", weight=True, gate="silu")).json(), flags=("gate",)
+)  # fmt: skip
 BASES = {"softmax": SOFTMAX, "window": WINDOWED, "gated delta": GATED, "both ways": BOTH}
-BASES |= {"softmax with norms": ATTENTION_AROUND, "delta with norms": DELTA_AROUND}
+BASES |= {"softmax with norms": ATTENTION_AROUND, "delta with norms": DELTA_AROUND, "window with norms": WINDOW_AROUND}
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +80,15 @@ def test_calls_with_and_without_a_state_run_one_kernel():
     texts = {emit(spec) for spec in operator_kernels(GATED) if spec.part in ("states", "step")}
     assert len(texts) == 2
     assert all("mask=tl.where(has_state != 0, " in text for text in texts)
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:100"])
+def test_a_window_keeps_its_queries_as_operands_and_its_chunk_long(target):
+    base = dataclasses.replace(WINDOW_AROUND, target=target)
+    output = next(s for s in operator_kernels(base) if s.part == "output" and "raw" not in s.flags)
+    assert (output.block_q, output.block_kv, output.num_warps) == (64, 64, 8)
+    text = emit(output)
+    assert text.index("query = query.to(tl.bfloat16)") < text.index("score = tl.zeros") < text.index("for step in")
 
 
 def test_only_the_blocks_the_mask_touches_are_visited():

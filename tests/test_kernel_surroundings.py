@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from provenance_models import SMALL, ComplexRotary, huggingface, latent
 from provenance_oracle import canonical, captured, compare, found, project, table, values_of
+from torch import nn
 
 import subquad
 from subquad.ir.provenance import Norm, Origin, Part, Provenance, Rotary, Table
 from subquad.kernel_emission import emit_kernels
 from subquad.kernel_surroundings import surroundings_of
-from subquad.kernels.surroundings import Prologue, prepared
+from subquad.kernels.surroundings import Epilogue, Prologue, finished, prepared
 
 GROUPED = SMALL | {"num_key_value_heads": 2}
 OLD = {
@@ -99,6 +101,77 @@ def test_what_is_no_norm_of_a_row_or_no_proved_rotation_stays_outside():
     assert surroundings_of(fake_site(site, Origin((dataclasses.replace(whole, norm=rms),))), True)[0].q == Prologue(
         "rms"
     )
+
+
+class Gated(nn.Module):
+    """One attention whose output goes through a norm or a gate, written in the way `kind` says."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.g, self.o = (nn.Linear(32, 32) for _ in range(5))
+        self.row, self.all = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x):
+        heads = lambda y: y.view(*x.shape[:2], 4, 8)  # noqa: E731
+        q, k, v = (heads(part(x)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        flat, g = y.reshape(x.shape), self.g(x)
+        rms = lambda z: z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)  # noqa: E731
+        match self.kind:
+            case "sigmoid":
+                flat = flat * torch.sigmoid(g)
+            case "silu":
+                flat = (F.rms_norm(y, (8,), self.row, 1e-5) * F.silu(heads(g))).reshape(x.shape)
+            case "written":
+                flat = (F.silu(heads(g)) * (self.row * rms(y.contiguous()))).reshape(x.shape)
+            case "norm":
+                flat = rms(y).reshape(x.shape)
+            case "first row":
+                flat = flat * torch.sigmoid(g[:, :1])
+            case "all heads":
+                flat = F.rms_norm(flat, (32,), self.all, 1e-5) * torch.sigmoid(g)
+            case "other axis":
+                flat = rms(y.transpose(2, 3)).transpose(2, 3).reshape(x.shape) * torch.sigmoid(g)
+            case "itself":
+                flat = flat * torch.sigmoid(self.g(flat))
+            case "read twice":
+                flat = flat * torch.sigmoid(g) + flat
+            case "gate first":
+                flat = rms(heads(flat * torch.sigmoid(g))).reshape(x.shape)
+        return self.o(flat)
+
+
+EPILOGUES = {
+    "sigmoid": Epilogue(gate="sigmoid"), "silu": Epilogue("rms", 1e-5, True, "silu"), "written": Epilogue("rms", 1e-5, True, "silu"),
+    "norm": Epilogue("rms", 1e-5), "gate first": Epilogue(gate="sigmoid"),
+}  # fmt: skip
+EPILOGUES |= dict.fromkeys(("first row", "all heads", "other axis", "itself", "read twice"), Epilogue())
+
+
+@pytest.mark.parametrize("kind", EPILOGUES)
+def test_the_epilogue_of_an_output_is_what_the_graph_does_to_it(kind):
+    torch.manual_seed(0)
+    model = Gated(kind).double().eval()
+    kept = captured(model, (torch.randn(2, 9, 32, dtype=torch.float64),), "export")
+    site = found(kept)[0][0]
+    part = surroundings_of(site, keys_too=False)[0].o
+    assert part == EPILOGUES[kind]
+    if part.empty or kind == "gate first":
+        return
+    values = values_of(kept)
+    row = values[site.out].transpose(1, 2)
+    x = kept.example["x"]
+    with torch.no_grad():
+        tensors = {"o_weight": model.row, "o_gate": model.g(x).view(row.shape)}
+        compare(model.o(finished(row, part, tensors).reshape(2, 9, 32)), model(x), 1e-9)
+
+
+def test_emitted_kernels_end_with_the_norm_and_gate_of_the_output(tmp_path):
+    fast = subquad.rewrite(Gated("silu"), passes=["fuse"], example_inputs=(torch.randn(2, 9, 32),), verify=False)
+    kernels = emit_kernels(fast, tmp_path / "out")
+    ends = {k.spec.part for k in kernels if "o: rms norm with weight, then times silu(gate)" in k.json()["around"]}
+    assert ends == {"forward", "merge"}
 
 
 def test_emitted_kernels_take_in_what_is_proved_and_say_so(tmp_path):

@@ -106,6 +106,23 @@ def test_many_tasks_of_one_row_merge_in_any_order(calls):
     assert sum(calls) == 3
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("batch", [2, 20])
+def test_heads_that_are_read_together_keep_their_own_keys(batch, heads_first, calls):
+    torch.manual_seed(0)
+    q = torch.randn(batch, 1, 10, 256)
+    k, v = (torch.randn(batch, 5, 150, 256) if heads_first else torch.randn(batch, 150, 5, 256) for _ in range(2))
+    if heads_first:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    rows = [torch.zeros(batch, dtype=torch.int64)]
+    arguments = (q, [k], [v], rows, [], [], None, None, None, [], [], SoftmaxSpec(scale=0.0625).json())
+    got, lse = softmax_attention(*arguments)
+    want, want_lse = softmax_attention_reference(*arguments)
+    assert calls == [1]
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+
+
 def test_gradients_go_through_calls_that_the_c_form_answers(calls):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, n, 2, 8, requires_grad=True) for n in (1, 9, 9))

@@ -25,6 +25,7 @@ from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_reading import MaskReader
 from subquad.passes.recognize.normalisation import Normalised, read_softmax
 from subquad.passes.recognize.operands import Peeled, alike, peel, size_of_axes
+from subquad.passes.recognize.output_side import read_output
 from subquad.passes.recognize.product import Product
 from subquad.passes.recognize.provenance import ProvenanceReader
 from subquad.passes.recognize.refusing import NotAttention
@@ -63,7 +64,10 @@ def find_attention(
             refusals.append(refuse(node, what, no.reason, named, no.node))
             continue
         if site is not None:
-            sites.append(replace(site, provenance=provenance.read(site.q, site.k, site.v)))
+            behind = provenance.read(site.q, site.k, site.v)
+            if site.out_axes[3] == (len(shape_of(site.out) or ()) - 1,) and not site.packed:
+                behind = replace(behind, output=read_output(site.out, site.value_dim, provenance.held))
+            sites.append(replace(site, provenance=behind))
     return _numbered(sites), refusals
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch.fx
@@ -181,8 +181,18 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Output:
+    """What is done to the rows of a site's output before anything else reads them: norm, then times act(gate), act "sigmoid" or
+    "silu" and the gate a tensor of the output's shape. None for what is not there, or not proved.
+    """
+
+    norm: Norm | None = None
+    act: Literal["sigmoid", "silu"] | None = None
+
+
+@dataclass(frozen=True)
 class Provenance:
-    """What lies behind the operands of a site, each piece proved from the graph or None.
+    """What lies behind the operands of a site, and behind its output, each piece proved from the graph or None.
 
     layer_input: the tensor that all projections read; None when they read different ones, or are not all found; `why` says.
     """
@@ -192,6 +202,7 @@ class Provenance:
     v: Origin
     layer_input: Node | None
     why: str = ""
+    output: Output = Output()
 
     def json(self) -> dict[str, Any]:
         """The public words of a provenance."""
