@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from written import (
+    by_hand,
     by_rows,
     cached,
     counted_masks,
@@ -41,6 +42,7 @@ SCHOOLS = {
     "wrapped": wrapped.CASES,
     "linear time": linear_time.CASES,
     "by rows": by_rows.CASES,
+    "by hand": by_hand.CASES,
     "none": not_attention.CASES,
 }
 BOTH = frozenset(
