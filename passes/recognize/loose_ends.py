@@ -23,8 +23,8 @@ UNSUMMED = "exponentials of scores weight values, and are divided by nothing tha
 
 
 def loose_ends(graph: torch.fx.Graph, sites: Iterable[Site], refused: Iterable[Node]) -> list[Refusal]:
-    """A refusal for each exponential of a product of activations that weights values and belongs to no other finding, and
-    for each call whose name tells of a softmax or of attention and whose inside is not known.
+    """A refusal for each exponential of a product of activations that weights values, is summed or shifted, and belongs to no
+    other finding, and for each call whose name tells of a softmax or of attention and whose inside is not known.
 
     refused: the anchors that have a refusal already.  graph: with recorded values.
     """
@@ -40,7 +40,7 @@ def loose_ends(graph: torch.fx.Graph, sites: Iterable[Site], refused: Iterable[N
 
 
 def _weights_values(node: Node, known: set[Node]) -> bool:
-    """True for what meets a product of activations without passing anything that is known already."""
+    """True for what meets a product of activations, and is summed too, without passing anything that is known already."""
     frontier, seen = [node], {node}
     for here in frontier:
         if here in known:
@@ -49,8 +49,10 @@ def _weights_values(node: Node, known: set[Node]) -> bool:
             if kind(user) in BETWEEN and user not in seen:
                 seen.add(user)
                 frontier.append(user)
-    products = [user for here in frontier for user in users_of(here) if kind(user) in PRODUCTS]
-    return any(is_score_product(product) for product in products) and not known.intersection(products)
+    users = [user for here in frontier for user in users_of(here)]
+    products = [user for user in users if kind(user) in PRODUCTS]
+    summed = any(kind(user) == "sum" for user in users) or kind((power_of(node) or (None,))[0]) == "sub"
+    return summed and any(is_score_product(product) for product in products) and not known.intersection(products)
 
 
 def _is_of_scores(node: Node) -> bool:
