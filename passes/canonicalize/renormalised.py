@@ -37,7 +37,7 @@ def renormalised_once(module: torch.fx.GraphModule) -> None:
         if not hidden:
             node.replace_all_uses_with(p)
             module.graph.erase_node(node)
-        elif plain and len(users_of(softmax)) == 1:
+        elif plain and _read_by_nothing_else(softmax, p, total, node):
             _written_out(softmax)
 
 
@@ -85,6 +85,20 @@ def _over_same_axis(total: Node, softmax: Node) -> bool:
     along = arguments(softmax)["dim"]
     numbers = len(dims) == 1 and isinstance(dims[0], int) and isinstance(along, int)
     return numbers and bool(a["keepdim"]) and dims[0] % rank == along % rank
+
+
+def _read_by_nothing_else(softmax: Node, p: Node, total: Node, quotient: Node) -> bool:
+    """True where probabilities, masked ones and their sum lead to the quotient alone, in which a factor of a row cancels."""
+    frontier, seen = [softmax], {softmax}
+    for here in frontier:
+        for user in users_of(here):
+            if user is quotient or user in seen:
+                continue
+            if not (user is total or kind(user) in KEPT | HIDING | {"dropout", "expand", "expand_as"}):
+                return False
+            seen.add(user)
+            frontier.append(user)
+    return {p, total} <= seen
 
 
 def _written_out(softmax: Node) -> None:

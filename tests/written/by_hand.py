@@ -86,6 +86,13 @@ def masked_and_nearly_normalised(s: Tensor) -> Tensor:
     return p / (p.sum(-1, keepdim=True) + 1e-9)
 
 
+def masked_part_read(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The share of the probabilities that is left is read, too."""
+    p = (a @ b.mT * 0.1).softmax(-1) * torch.ones(x.shape[1], x.shape[1]).tril()
+    left = p.sum(-1, keepdim=True)
+    return (p / left) @ x + left
+
+
 def less_than_the_largest(s: Tensor) -> Tensor:
     """Channel attention's turn of the scores, over tokens."""
     return (s.amax(-1, keepdim=True).expand_as(s) - s).softmax(-1)
@@ -236,6 +243,7 @@ CASES = (
     weighed("normalised twice", normalised_twice),
     weighed("masked, then normalised", masked_and_normalised, mask="causal"),
     refused("masked, then nearly normalised", masked_and_nearly_normalised, "multiplied by something else"),
+    bodied("masked, normalised and the sum read", masked_part_read, 0, ""),
     weighed("less than the largest", less_than_the_largest, scale=-0.1),
     bodied("squared distances", distances, 1),
     refused("turned behind a mask", turned_behind_a_mask, "not positive"),
