@@ -121,8 +121,9 @@ def _without_spread(node: Node) -> None:
     if not arrow or "." in terms or len(operands) != 2:
         return
     for n, (x, other) in enumerate((operands, operands[::-1])):
-        before = arguments(x).get("x") if kind(x) in ("expand", "expand_as") else None
-        if not _is_probability(before) or rank_of(before) != rank_of(x) or labels[n] != labels[1 - n]:
+        before = arguments(x)["x"] if kind(x) in ("expand", "expand_as") else None
+        spread = isinstance(before, Node) and _is_probability(before) and rank_of(before) == rank_of(x)
+        if not isinstance(before, Node) or not spread or labels[n] != labels[1 - n]:
             continue
         operands[n], labels[n] = _lean(node, before, other, labels[n])
         stands = emit(node, aten.einsum.default, f"{','.join(labels)}->{out}", operands)
