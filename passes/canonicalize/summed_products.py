@@ -26,7 +26,7 @@ FURTHEST = 24
 def products_joined(module: torch.fx.GraphModule) -> None:
     """Replace, in place, (a · b).sum(axis) by an einsum where it gives scores of a softmax or values weighted by one.
 
-    So are cosine_similarity, with both sides divided by their norms, vecdot and inner.  An operand of size one along an axis of
+    So are cosine_similarity, with both sides divided by their norms, and inner.  An operand of size one along an axis of
     the other is broadcast and loses the axis.  module: a functional graph with recorded values.
     """
     for node in list(module.graph.nodes):
@@ -56,7 +56,7 @@ def _summed(node: Node) -> tuple[Node, Node, int, bool] | None:
             return None
         sides, keepdim = arguments(product), bool(a["keepdim"])
         pair, rank = (sides["a"], sides["b"]), rank_of(product) or 0
-    elif name in ("vecdot", "cosine_similarity"):
+    elif name == "cosine_similarity":
         sides = arguments(node)
         pair, keepdim, dims = (sides["a"], sides["b"]), False, [sides["dim"]]
         rank = max(rank_of(side) or 0 for side in pair)
