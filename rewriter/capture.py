@@ -47,6 +47,11 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     traced = isinstance(model, torch.fx.GraphModule)
     if example_inputs is None and traced:
         raise CaptureError("a graph from symbolic_trace carries no sizes; give example_inputs.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{getattr(model, 'original_name', type(model).__name__)} is a TorchScript module, whose forward is compiled; "
+            "give the nn.Module that it was made from, or a module that calls it."
+        )
     args, kwargs = arguments_of(default_inputs(model) if example_inputs is None else example_inputs)
     objects = Objects() if traced else objects_among(model.forward, args, kwargs)
     args, kwargs = objects.as_tensors(*objects.copied(args, kwargs))

@@ -22,8 +22,9 @@ def capturable() -> Iterator[Nested]:
     The fused encoder layer and nested tensors of nn.TransformerEncoder are off, so that the graph holds a plain SDPA, and
     what the block is given says whether a forward would have taken nested tensors; masks are not compared with the causal
     one, which is only a hint beside the mask itself; a checkpointed region is an ordinary call, since nothing is recomputed
-    without a backward pass; a module that moves itself to where it is stays; a condition on a length, as in
-    `is_causal=length > 1`, is decided for the lengths that the capture holds for; `.data` is read as a detached tensor.
+    without a backward pass; a scripted submodule runs the Python that it was made from; a module that moves itself to where
+    it is stays; a condition on a length, as in `is_causal=length > 1`, is decided for the lengths that the capture holds
+    for; `.data` is read as a detached tensor.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -39,6 +40,8 @@ def capturable() -> Iterator[Nested]:
         attend = torch.nn.functional.scaled_dot_product_attention
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _decided(attend)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", _moved_if_needed(torch.nn.Module.to)))
+        scripted = torch.jit.RecursiveScriptModule
+        stack.enter_context(mock.patch.object(scripted, "__getattribute__", _as_written, create=True))
         stack.enter_context(_Detached())
         yield nested
 
@@ -73,6 +76,21 @@ def _decided(attend: Any) -> Any:
         return attend(query, key, value, attn_mask, dropout_p, bool(is_causal), **rest)
 
     return call
+
+
+def _as_written(module: torch.jit.RecursiveScriptModule, name: str) -> Any:
+    """An attribute of a scripted module, a method as its class has it in Python; what was traced or loaded stays compiled."""
+    try:
+        found = object.__getattribute__(module, name)
+    except AttributeError:
+        found = torch.jit.RecursiveScriptModule.__getattr__(module, name)
+    if not isinstance(found, torch._C.ScriptMethod):
+        return found
+    kept = object.__getattribute__(module, "__dict__").get("_concrete_type")
+    written = None if kept is None or isinstance(module, torch.jit.TracedModule) else kept.py_class
+    if written is not None and name in vars(written):
+        return functools.partial(vars(written)[name], module)
+    return lambda *args, **kwargs: found(*args, **kwargs)
 
 
 def _moved_if_needed(move: Any) -> Any:

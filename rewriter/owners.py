@@ -108,6 +108,8 @@ def _recorded(whole: Capture, paths: set[str], example: dict[str, torch.Tensor])
                 module = whole.root.get_submodule(path)
             except AttributeError:
                 continue
+            if isinstance(module, torch.jit.ScriptModule):  # compiled: it takes no hook and no other forward
+                continue
 
             def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
                 recorded.setdefault(path, []).append(pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs)))

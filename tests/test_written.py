@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from written import (
+    by_hand,
     by_rows,
     cached,
     counted_masks,
@@ -43,6 +44,7 @@ SCHOOLS = {
     "linear time": linear_time.CASES,
     "by rows": by_rows.CASES,
     "tables": tables.CASES,
+    "by hand": by_hand.CASES,
     "none": not_attention.CASES,
 }
 BOTH = frozenset(

@@ -76,7 +76,7 @@ def _over_rows(rows: Any, p: Any) -> bool:
     return (
         isinstance(rows, Node) and isinstance(p, Node) and rank_of(rows) is not None and rank_of(rows) == rank_of(p)
         and (shape_of(rows) or (0,))[-1] == 1 and (shape_of(p) or (1,))[-1] != 1
-        and dtype_of(rows) in (torch.bool, dtype_of(p))
+        and (dtype_of(rows) == dtype_of(p) or not (dtype_of(rows) or torch.float64).is_floating_point)
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from subquad.passes.recognize import mask_views  # noqa: F401  (registers the vi
 from subquad.passes.recognize.chain import Chain, read_chain
 from subquad.passes.recognize.empty_rows import empty_rows, unambiguous
 from subquad.passes.recognize.frame import DIM, Frame, digit, digits
+from subquad.passes.recognize.loose_ends import loose_ends
 from subquad.passes.recognize.mask_algebra import MaskAlgebra
 from subquad.passes.recognize.mask_reading import MaskReader
 from subquad.passes.recognize.normalisation import Normalised, read_softmax
@@ -33,6 +34,7 @@ from subquad.passes.recognize.score_chain import ScoreReader, drops_out, read_sc
 from subquad.passes.recognize.score_fills import hidden_exponentials
 from subquad.passes.recognize.score_frame import constant_of
 from subquad.passes.recognize.score_path import PROJECTION, is_weight, paths_to_products
+from subquad.passes.recognize.score_sinks import beside
 from subquad.passes.recognize.scores import LOW, MaskSource, Scores
 from subquad.passes.recognize.symbolic_tensor import as_condition, is_boolean, is_one, visible
 from subquad.passes.recognize.weighting import read_weighting
@@ -46,7 +48,7 @@ def find_attention(
     tensors: Mapping[Node, torch.Tensor] | None = None,
     examples: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[Site], list[Refusal]]:
-    """Every attention site of the graph in graph order, and a refusal for each softmax or SDPA call that is none.
+    """Every attention site of the graph in graph order, and a refusal for each softmax or SDPA call, or loose end, that is none.
 
     module: a captured graph with recorded values.  tensors: placeholders whose content is known and fixed (parameters and
     buffers that Dynamo lifted to inputs).  examples: input tensors by name, for the concrete cross-check of masks.
@@ -55,6 +57,7 @@ def find_attention(
     provenance = ProvenanceReader(module, finder.algebra, tensors)
     sites: list[Site] = []
     refusals: list[Refusal] = []
+    refused: list[Node] = []
     for node in list(module.graph.nodes):
         what = "attention" if kind(node) == "sdpa" or is_flex(node) else "softmax"
         try:
@@ -62,13 +65,14 @@ def find_attention(
         except NotAttention as no:
             named = "projection" if no.reason == PROJECTION else no.kind
             refusals.append(refuse(node, what, no.reason, named, no.node))
+            refused.append(node)
             continue
         if site is not None:
             behind = provenance.read(site.q, site.k, site.v)
             if site.out_axes[3] == (len(shape_of(site.out) or ()) - 1,) and not site.packed:
                 behind = replace(behind, output=read_output(site.out, site.value_dim, provenance.held))
             sites.append(replace(site, provenance=behind))
-    return _numbered(sites), refusals
+    return _numbered(sites), [*refusals, *loose_ends(module.graph, sites, refused)]
 
 
 def _numbered(sites: list[Site]) -> list[Site]:
@@ -171,7 +175,7 @@ class _Finder:
         if found.base != math.e:
             scores = reader.times(scores, found.node, math.log(found.base), "base")
         if found.extra_logit is not None:
-            scores = replace(scores, sinks=found.extra_logit)
+            scores = beside(reader, scores, found.extra_logit, found.node, chain.nodes[-1])
         for node in found.masked:
             scores = hidden_exponentials(reader, scores, node, chain.places[chain.nodes[-1]])
         weighting = read_weighting(found, chain, scores, reader)

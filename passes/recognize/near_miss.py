@@ -18,7 +18,7 @@ Node = torch.fx.Node
 NEAREST_FIRST = (
     "defect", "mask", "soft-fill", "clamp", "step", "scale", "gain", "depends-on-scores", "mixed-heads", "guard", "sink",
     "two-products",    "denominator", "", "probabilities-used", "dropout", "values", "heads", "sizes", "layout", "softmax-axis",
-    "flex", "no-values", "no-pairs", "no-product", "projection", "constant",
+    "flex", "whole", "no-values", "no-pairs", "no-product", "projection", "constant",
 )  # fmt: skip
 PLAIN = VIEWS | {"cast", "dropout", "slice", "select", "narrow", "getitem", "mul", "div", "add", "sub", "neg", "where",
                  "masked_fill", "tril", "triu", "clamp", "sum", "rsub"}  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from subquad.ir.graph import rank_of, shape_of
+from subquad.ir.graph import dtype_of, rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.product import PRODUCTS, read_product
 from subquad.passes.recognize.refusing import NotAttention
@@ -25,7 +25,8 @@ HIDING = frozenset(["mul", "masked_fill", "where"])
 class Normalised:
     """A softmax: probabilities `node` of the scores `x` over axis `dim`.
 
-    extra_logit: a further logit in the denominator (softmax-plus-one has 0), None for none.  word: how it is spelled.
+    extra_logit: a further logit in the denominator (softmax-plus-one has 0), a tensor of them, or None.  word: how it is
+    spelled.
     passed: interior nodes of a softmax that is written out.  divided: the node that divides weighted values by the sum of
     the exponentials, where `node` gives the exponentials alone.  masked: products of the exponentials, first to last, that
     are to hide keys by a zero.  safe: rows without any key get zeros.  base: of the powers.
@@ -34,7 +35,7 @@ class Normalised:
     node: Node
     x: Any
     dim: int | None
-    extra_logit: float | None = None
+    extra_logit: Node | float | None = None
     word: str = "softmax"
     passed: tuple[Node, ...] = ()
     divided: Node | None = None
@@ -45,11 +46,12 @@ class Normalised:
 
 @dataclass(frozen=True)
 class _Sum:
-    """The sum of exponentials over one axis, plus a further term."""
+    """The sum of exponentials over one axis, plus a further term, and the least that it is taken for."""
 
     dim: int
     further: Any
     passed: tuple[Node, ...]
+    least: Any = None
 
 
 def read_softmax(node: Node) -> Normalised | None:
@@ -69,7 +71,7 @@ def read_softmax(node: Node) -> Normalised | None:
 
 
 def _exponential(node: Node) -> Normalised | None:
-    """exp(log_softmax(x)) and exp(x - logsumexp(x))."""
+    """exp(log_softmax(x)), exp(x - logsumexp(x)) and exp(x - logaddexp(logsumexp(x), sink))."""
     inner = arguments(node)["x"]
     if kind(inner) == "log_softmax":
         a = arguments(inner)
@@ -77,10 +79,15 @@ def _exponential(node: Node) -> Normalised | None:
     if kind(inner) != "sub":
         return None
     a = arguments(inner)
-    dim = _log_sum_exp_axis(a["b"], a["a"]) if a.get("alpha", 1) == 1 else None
-    if dim is None:
+    if a.get("alpha", 1) != 1:
         return None
-    return Normalised(node, a["a"], dim, word="exp minus logsumexp", passed=(inner, a["b"]))
+    sides = list(arguments(a["b"]).values()) if kind(a["b"]) == "logaddexp" else []
+    for total, logit in ((a["b"], None), *((side, sides[1 - n]) for n, side in enumerate(sides))):
+        dim = _log_sum_exp_axis(total, a["a"])
+        if dim is not None:
+            passed = (inner, *dict.fromkeys((a["b"], total)))
+            return Normalised(node, a["a"], dim, logit, "exp minus logsumexp", passed)
+    return None
 
 
 def _log_sum_exp_axis(value: Any, x: Any) -> int | None:
@@ -113,7 +120,7 @@ def _quotient(node: Node) -> Normalised | None:
         if numerator is None or total is None:
             continue
         exponential, masked = _unmasked(numerator)
-        found = _normalised(node, exponential, total)
+        found = _normalised(node, exponential, total, bool(masked))
         passed = (*between, *found.passed)
         if weighted:
             return replace(found, node=numerator, passed=passed, divided=node, masked=masked)
@@ -186,6 +193,7 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
     """Read a denominator: the sum of the exponentials over one axis that is kept, or put back, with size one."""
     passed: list[Node] = []
     further: Any = None
+    least: Any = None
     place: int | None = None
     while isinstance(bottom, Node):
         passed.append(bottom)
@@ -197,9 +205,12 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
         elif kind(bottom) == "add" and further is None:
             first = isinstance(a["a"], Node) and kind(_behind(a["a"], SAME | {"unsqueeze"})) == "sum"
             bottom, further = (a["a"], a["b"]) if first else (a["b"], a["a"])
+        elif kind(bottom) == "clamp" and least is None and further is None and a["max"] is None:
+            bottom, least = a["x"], a["min"]
         elif kind(bottom) == "einsum" and place is not None:
             summed = _summed_letter(a)
-            return _Sum(place, further, tuple(passed)) if summed == place and a["operands"][0] is exponential else None
+            same = summed == place and a["operands"][0] is exponential
+            return _Sum(place, further, tuple(passed), least) if same else None
         elif kind(bottom) == "sum":
             dim = _one(a["dim"])
             summed, moved = _unmoved(a["x"])
@@ -208,7 +219,7 @@ def _sum_of(exponential: Node, bottom: Any) -> _Sum | None:
             dim %= rank_of(a["x"]) or 1
             passed += moved
             kept = place is None if a["keepdim"] else place == dim
-            return _Sum(dim, further, tuple(passed)) if kept else None
+            return _Sum(dim, further, tuple(passed), least) if kept else None
         else:
             return None
     return None
@@ -249,27 +260,65 @@ def _summed_letter(a: dict[str, Any]) -> int | None:
     return dropped[0] if len(a["operands"]) == 1 and len(set(term)) == len(term) and dropped else None
 
 
-def _normalised(node: Node, exponential: Node, total: _Sum) -> Normalised:
+def _normalised(node: Node, exponential: Node, total: _Sum, masked: bool) -> Normalised:
     x, base = power_of(exponential) or (None, math.e)
-    of = "exp" if base == math.e else f"powers of {base:g}"
-    if total.further is None:
+    of, further, shifted = "exp" if base == math.e else f"powers of {base:g}", total.further, _behind(x, SAME)
+    at_least_one = not masked and _reaches_zero(shifted, total.dim)
+    if total.least is not None and not (at_least_one and isinstance(total.least, int | float) and total.least <= 1):
+        what = f"the exponentials' sum is clamped at {total.least}, which it can fall short of"
+        raise NotAttention(what, node, "denominator")
+    if at_least_one and isinstance(further, int | float) and 0 <= further <= _half_unit(exponential):
+        further = None
+    if further is None:
         return Normalised(node, x, total.dim, word=f"{of} over its sum", passed=total.passed, base=base)
-    word = f"{of} over one plus its sum"
-    shifted = _behind(x, SAME)
+    word = f"{of} over its sum and a further power"
     if kind(shifted) != "sub":
-        if total.further == 1:
-            return Normalised(node, x, total.dim, 0.0, word, total.passed, base=base)
-    elif base == math.e and _is_exp_of_minus(total.further, arguments(shifted)["b"]):
-        passed = (*total.passed, shifted, *_spine(total.further))
-        return Normalised(node, arguments(shifted)["a"], total.dim, 0.0, word, passed)
+        if isinstance(further, int | float) and further > 0:
+            word = f"{of} over {'one' if further == 1 else f'{further:g}'} plus its sum"
+            return Normalised(node, x, total.dim, math.log(further), word, total.passed, base=base)
+    elif base == math.e:
+        logit = _shifted_alike(further, arguments(shifted)["b"], total.dim)
+        if logit is not None:
+            passed = (*total.passed, shifted, *_spine(further))
+            return Normalised(node, arguments(shifted)["a"], total.dim, logit, word, passed)
     raise NotAttention(
-        f"the exponentials are divided by their sum plus {total.further}, which is not a softmax", node, "denominator"
+        f"the exponentials are divided by their sum plus {further}, which is not a softmax", node, "denominator"
     )
 
 
-def _is_exp_of_minus(value: Any, shift: Any) -> bool:
+def _reaches_zero(shifted: Any, dim: int) -> bool:
+    """True for exponents minus their own maximum over an axis: their largest power is one, and so is their sum at least."""
+    a = arguments(shifted) if kind(shifted) == "sub" else {"b": None}
+    top = _behind(a["b"], SAME)
+    if kind(top) == "getitem" and arguments(top)["index"] == 0:
+        top = arguments(top)["x"]
+    if kind(top) not in ("amax", "extreme") or "min" in str(top.target):
+        return False
+    t = arguments(top)
+    over = _one(t["dim"])
+    same = over is not None and over % (rank_of(shifted) or 1) == dim % (rank_of(shifted) or 1)
+    return same and bool(t["keepdim"]) and _behind(t["x"], SAME) is _behind(a["a"], SAME)
+
+
+def _half_unit(node: Node) -> float:
+    """What added to one, or to more, is rounded away."""
+    dtype = dtype_of(node)
+    return torch.finfo(dtype).eps / 2 if dtype is not None and dtype.is_floating_point else 0.0
+
+
+def _shifted_alike(value: Any, shift: Any, dim: int) -> Node | float | None:
+    """The logit L of a term exp(L - shift) beside exponentials that are shifted by the same number of a row; else None."""
     inner = _behind(_inside(_behind(value, SAME), "exp"), SAME)
-    return shift is not None and _inside(inner, "neg") is shift
+    shape = shape_of(shift)
+    if not isinstance(shift, Node) or shape is None or not is_one(shape[dim]):
+        return None
+    if _inside(inner, "neg") is shift:
+        return 0.0
+    a = arguments(inner) if kind(inner) in ("sub", "rsub") else {}
+    if not a or a["alpha"] != 1:
+        return None
+    logit, less = (a["a"], a["b"]) if kind(inner) == "sub" else (a["b"], a["a"])
+    return logit if less is shift else None
 
 
 def _inside(node: Any, name: str) -> Any:

@@ -22,7 +22,9 @@ from subquad.passes.recognize.scores import LOW, Scores
 from subquad.passes.recognize.symbolic_tensor import is_hard, visible
 
 Node = torch.fx.Node
-ROW_STEPS = frozenset(["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill"])
+ROW_STEPS = frozenset(
+    ["contiguous", "cast", "unsqueeze", "squeeze", "clamp", "nan_to_num", "getitem", "masked_fill", "relu"]
+)
 REDUCTIONS = frozenset(["amax", "extreme", "mean", "logsumexp"])
 DROPOUT = "dropout on the scores in training mode cannot be kept by a rewrite; call eval()"
 
@@ -66,7 +68,7 @@ class ScoreReader(ScoreFrame):
             return self.times(scores, node, -1.0, "neg")
         if name in ("mul", "div"):
             return self._scaled(scores, node, before, a)
-        if name in ("add", "sub"):
+        if name in ("add", "sub", "rsub"):
             return self._added(scores, node, before, a)
         if name in ("where", "masked_fill", "index_put"):
             return filled(self, scores, node, before, a)
@@ -122,11 +124,13 @@ class ScoreReader(ScoreFrame):
         return scores.after(node, f"{kind(node)} by a tensor", gain=Gain(tensor.node, tensor.views, divided))
 
     def _added(self, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:
-        negative = kind(node) == "sub"
-        if negative and a["a"] is not before:
-            raise NotAttention("the scores are subtracted from something", node, "step")
+        negative, less = kind(node) != "add", a["a"] if kind(node) == "rsub" else a["b"]
         other = a["b"] if a["a"] is before else a["a"]
         sign = (-1.0 if negative else 1.0) * float(a.get("alpha", 1))
+        if negative and less is before:
+            if scores.zeroed is not None:
+                raise NotAttention(ZEROED, scores.zeroed.met_at, "soft-fill")
+            scores, sign, negative = self.times(scores, node, sign, "subtracted"), 1.0, False
         if scores.zeroed is not None:
             return lowered(self, scores, node, before, other, sign)
         if isinstance(other, Node) and self._is_of_row(other, node):
@@ -185,6 +189,8 @@ class ScoreReader(ScoreFrame):
 
     def _is_of_row(self, value: Node, node: Node) -> bool:
         """True for a maximum, mean or logarithm of a sum of the scores, one for each row or for all: shifting a row cancels."""
+        while kind(value) in ("expand", "expand_as"):
+            value = arguments(value)["x"]
         shape, place = shape_of(value) or (), self.places[node]
         if self.varies_with_key(value, node) or (shape and len(shape) != len(place)):
             return False

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.fx
 
 from subquad.ir.graph import rank_of, shape_of
 from subquad.ir.vocabulary import arguments, kind
 from subquad.passes.recognize.product import PRODUCTS, factors, read_product
 from subquad.passes.recognize.refusing import NotAttention
+from subquad.passes.recognize.symbolic_tensor import is_one
 
 Node = torch.fx.Node
 VIEWS = frozenset(
     ["view", "flatten", "unflatten", "transpose", "t", "reversed", "permute", "movedim", "unsqueeze", "squeeze", "expand",
      "repeat", "contiguous"]
 )  # fmt: skip
-_STEPS = VIEWS | {
+STEPS = VIEWS | {
     "mul", "div", "add", "sub", "tanh", "where", "masked_fill", "maximum", "cast", "dropout", "rsub", "neg", "cat", "pad",
     "clamp", "index_put",
 }  # fmt: skip
+SHAPED = frozenset(
+    ["zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full"]
+)
 PICKED = frozenset(
     ["slice", "select", "getitem", "topk", "cast", "unbind", "chunk", "split", "split_with_sizes", "masked_fill"]
 )
 WRITES = frozenset(["slice_scatter", "select_scatter", "index_put", "copy", "setitem"])
 FURTHEST = 24
+FEW = 8
 PROJECTION = (
     "the softmax is taken of a projection by a weight, not of a product of queries and keys: "
     "a router, pooling or classifier, or the features of linear attention, which no attention rewrite applies to"
 )
+
+ADDITIVE = "no product of queries and keys feeds the softmax, but a sum of them, as in additive attention"
 
 
 def paths_to_products(softmax_input: Any) -> list[tuple[Node, ...]]:
@@ -60,8 +68,8 @@ def _upward_paths(start: Node) -> list[list[Node]]:
         if is_score_product(here):
             found.append(path)
             continue
-        if kind(here) not in _STEPS:
-            nearest = here
+        if kind(here) not in STEPS:
+            nearest = nearest if kind(here) in SHAPED else here
             continue
         for operand in _score_operands(here):
             if operand not in seen:
@@ -87,7 +95,7 @@ def _mixes_scores(node: Node) -> bool:
         here = stack.pop()
         if is_score_product(here):
             return not any(_is_probability(side) for side in factors(here))
-        new = [n for n in _score_operands(here) if n not in seen] if kind(here) in _STEPS else []
+        new = [n for n in _score_operands(here) if n not in seen] if kind(here) in STEPS else []
         seen.update(new)
         stack.extend(new)
     return False
@@ -119,10 +127,12 @@ def is_weight(value: Any) -> bool:
 
 def _why_no_product(node: Node) -> str:
     """Look further up for what the softmax is taken of."""
-    name = kind(node) or (str(node.target) if node.op != "placeholder" else f"the input {node.name}")
+    name = f"the input {node.name}" if node.op == "placeholder" else named(node)
     source = node
     while (kind(source) in VIEWS | PICKED or _is_scatter(source)) and isinstance(source.args[0], Node):
         source = source.args[0]
+    if _is_additive(node):
+        return ADDITIVE
     frontier, seen = [node], {node}
     written: Node | None = None
     for here in frontier:
@@ -138,6 +148,32 @@ def _why_no_product(node: Node) -> str:
     if written is not None:
         return f"the scores are put together by writing parts into a buffer (`{kind(written)}`), not by one product"
     return f"no product of queries and keys feeds the softmax: the walk up ended at `{name}`"
+
+
+def _is_additive(node: Node) -> bool:
+    """True where a few operations up two activations are added that both are broadcast: one for queries, one for keys."""
+    frontier, seen = [node], {node}
+    for here in frontier:
+        a = arguments(here) if kind(here) in ("add", "sub") else {}
+        shapes = [shape_of(a[side]) for side in ("a", "b") if side in a and not is_weight(a[side])]
+        if len(shapes) == 2 and all(shape is not None and len(shape) == rank_of(here) for shape in shapes):
+            one, other = ([is_one(size) for size in shape or ()] for shape in shapes)
+            if any(x and not y for x, y in zip(one, other, strict=True)) and any(
+                y and not x for x, y in zip(one, other, strict=True)
+            ):
+                return True
+        if len(seen) < FEW:
+            new = [n for n in here.all_input_nodes if n not in seen and shape_of(n) is not None]
+            seen.update(new)
+            frontier.extend(new)
+    return False
+
+
+def named(node: Node) -> str:
+    """The kind of a node, or what its own dialect calls the operation."""
+    if kind(node) or not callable(node.target) or isinstance(node.target, torch._ops.OpOverload):
+        return kind(node) or str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _projects(node: Node) -> bool:

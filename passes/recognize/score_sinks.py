@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -26,6 +27,20 @@ def padded(reader: ScoreFrame, scores: Scores, node: Node, a: dict[str, Any]) ->
     if sorted(pad) != [0, 1] or not last or a["mode"] != "constant" or value is None or scores.sinks is not None:
         raise NotAttention("the scores are padded with something that is not one sink logit a row", node, "sink")
     return scores.after(node, "sink", sinks=value, first_key=size_of(pad[0]))
+
+
+def beside(reader: ScoreFrame, scores: Scores, logit: Node | float, node: Node, last: Node) -> Scores:
+    """The scores of a softmax `node` of `last` that has one more logit in its denominator."""
+    if scores.sinks is not None:
+        raise NotAttention("the softmax has a further logit beside that of a sink", node, "sink")
+    number = reader.number(logit)
+    if number is not None:
+        return replace(scores, sinks=number)
+    shape, key = shape_of(logit) or (), digit(reader.frame.key)
+    along = next(n for n, index in enumerate(reader.places[last]) if index == key) - len(reader.places[last])
+    if not isinstance(logit, Node) or (len(shape) >= -along and not is_one(shape[along])):
+        raise NotAttention("the softmax has further logits that differ from key to key", node, "sink")
+    return replace(scores, sinks=_column(reader, logit, last))
 
 
 def joined(reader: ScoreFrame, scores: Scores, node: Node, before: Node, a: dict[str, Any]) -> Scores:

@@ -12,11 +12,6 @@ from written.case import Case, hidden
 from written.heads import Heads, causal, columns, raw
 
 
-def small_epsilon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    e = raw(q, k).exp()
-    return e / (e.sum(-1, keepdim=True) + 1e-6) @ v
-
-
 def query_axis_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.softmax(raw(q, k), dim=-2) @ v
 
@@ -38,11 +33,6 @@ def masked_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
 def multiplied_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     scores = raw(q, k)
     return (torch.softmax(scores, -1) * causal(scores)) @ v
-
-
-def renormalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    p = torch.softmax(raw(q, k), -1) * causal(raw(q, k))
-    return (p / p.sum(-1, keepdim=True)) @ v
 
 
 def used_twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -130,13 +120,11 @@ FREE_LENGTH = ("export", "verified", "core")
 """Without Dynamo, which fixes the length first: then it is the head size, and channels attend."""
 
 CASES = (
-    case("epsilon in the denominator", small_epsilon, ("not a softmax",)),
     case("softmax over queries", query_axis_softmax, ("",)),
     case("probabilities transposed", transposed_back, ("",)),
     case("a factor per key", per_key_scale, ("from key to key",)),
     case("masked after the softmax", masked_after, ("after the softmax",)),
     case("multiplied by a mask after the softmax", multiplied_after, ("",)),
-    case("masked after and normalised again", renormalised, ("",)),
     case("probabilities weight two values", used_twice, ("other uses",)),
     case("probabilities also in an entropy", entropy_added, ("other uses",)),
     case("softmax over queries and keys", both_axes, ("several axes",)),
