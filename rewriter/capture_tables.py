@@ -266,7 +266,7 @@ def _holders(model: Module, buffers: str) -> Iterator[_Holder]:
         attributes = _Holder(path, vars(module))
         yield attributes
         if buffers:
-            passing = module._non_persistent_buffers_set if buffers == "all" else ()
+            passing: set[str] = module._non_persistent_buffers_set if buffers == "all" else set()
             kept = frozenset(n for n, x in module._buffers.items() if x is not None and n not in passing)
             yield _Holder(path, module._buffers, kept)
         for name, value in _plain(attributes).items():
