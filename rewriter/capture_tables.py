@@ -273,9 +273,9 @@ def _holders(model: Module, buffers: str) -> Iterator[_Holder]:
             if type(value) is dict:
                 yield _Holder(attributes.name(name), value, frozenset(), (vars(module), name))
             elif hasattr(value, "__dict__") and not isinstance(
-                value, (*PLAIN, *KEPT, list, tuple, dict, set, frozenset)
+                value, (*PLAIN, *KEPT, type, list, tuple, dict, set, frozenset)
             ):
-                yield _Holder(attributes.name(name), vars(value))
+                yield _Holder(attributes.name(name), value.__dict__)
 
 
 def _plain(holder: _Holder) -> Contents:
