@@ -23,10 +23,6 @@ SHARED_LIMITS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 *
 """Shared memory (LDS) a block may use on each known target, in bytes."""
 
 
-ONE_THREAD = {"MLIR_DISABLE_MULTITHREADING": "1"}
-"""The environment of a process that builds beside others: its passes are not handed to threads of their own."""
-
-
 @dataclass(frozen=True)
 class BuildReport:
     """What a build made: the binary beside its source, shared memory, registers and spills (None where no tool tells),
@@ -107,7 +103,7 @@ def build_all(specs: Sequence[KernelSpec], processes: int | None = None) -> Iter
     made: dict[tuple[str, str, int, int], BuildReport] = {}
     count = min(processes or len(os.sched_getaffinity(0)), len(distinct))
     with (
-        ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), os.environ.update, (ONE_THREAD,))
+        ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _one_threaded)
         if count > 1
         else nullcontext() as pool
     ):
@@ -118,6 +114,11 @@ def build_all(specs: Sequence[KernelSpec], processes: int | None = None) -> Iter
                 name, report = next(built)
                 made[name] = report
             yield made[program]
+
+
+def _one_threaded() -> None:
+    """In a process that builds beside others, passes are not handed to threads of their own."""
+    os.environ["MLIR_DISABLE_MULTITHREADING"] = "1"
 
 
 def _program(spec: KernelSpec) -> tuple[str, str, int, int]:

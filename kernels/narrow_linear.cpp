@@ -70,8 +70,7 @@ struct Halves {
 };
 
 inline void add(Floats& total, const Halves& weight, const Halves& x) {
-  total += weight.one * x.one;
-  total += weight.two * x.two;
+  total = fused(weight.two, x.two, fused(weight.one, x.one, total));
 }
 
 template <>

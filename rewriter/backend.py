@@ -29,7 +29,7 @@ from subquad.passes.canonicalize.mapped import vmap_written_out
 from subquad.passes.canonicalize.plain import made_plain
 from subquad.passes.canonicalize.regions import inlined
 from subquad.passes.canonicalize.tidy import tidy
-from subquad.passes.canonicalize.torch_layers import kept_layers, layers_written_out
+from subquad.passes.canonicalize.torch_layers import layers_written_out
 from subquad.pipeline import applied_entry, choose, is_selected
 from subquad.recognition import recognise, refused_whole
 from subquad.unrolled_run import UnrolledLoop, unrolled_loop
@@ -169,7 +169,7 @@ def rewrite_dynamo_graph(
         {},
         known_tensors=_fixed(placeholders, example_inputs),
     )
-    report = recognise(capture, Report(refusals=kept_layers(graph)))
+    report = recognise(capture, Report())
     copied, mapping = copy_capture(capture)
     sites = [site for site in report.sites if where is None or is_selected(site.path, where)]
     if network is not None and not passes:

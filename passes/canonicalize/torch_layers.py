@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.fx.traceback import get_current_meta
 
 from subquad.ir.errors import first_line
-from subquad.ir.refusal import Refusal, refuse
 from subquad.passes.canonicalize.retrace import retrace
 
 Node = torch.fx.Node
@@ -38,15 +37,6 @@ def layers_written_out(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
             node.meta[KEPT] = first_line(error)
     copied.recompile()
     return copied
-
-
-def kept_layers(module: torch.fx.GraphModule) -> list[Refusal]:
-    """A refusal for every attention layer that is still one operation."""
-    return [
-        refuse(node, "attention", f"`{node.target.__name__}` could not be written out: {node.meta.get(KEPT, '')}")
-        for node in module.graph.nodes
-        if is_layer(node)
-    ]
 
 
 def is_layer(node: Node) -> bool:

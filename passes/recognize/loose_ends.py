@@ -11,6 +11,7 @@ from subquad.ir.graph import shape_of, users_of
 from subquad.ir.refusal import Refusal, refuse
 from subquad.ir.site import Site
 from subquad.ir.vocabulary import kind
+from subquad.passes.canonicalize.torch_layers import KEPT, is_layer
 from subquad.passes.recognize.normalisation import power_of
 from subquad.passes.recognize.product import PRODUCTS
 from subquad.passes.recognize.provenance_terms import word
@@ -33,6 +34,10 @@ def loose_ends(graph: torch.fx.Graph, sites: Iterable[Site], refused: Iterable[N
     for node in graph.nodes:
         if power_of(node) is not None and _weights_values(node, known) and _is_of_scores(node):
             found.append(refuse(node, "softmax", UNSUMMED, "denominator"))
+        elif is_layer(node):
+            found.append(
+                refuse(node, "attention", f"`{word(node)}` could not be written out: {node.meta.get(KEPT, '')}")
+            )
         elif node not in known and _is_named(node):
             reason = f"`{word(node)}` is one operation here, and what it does with the scores is not known"
             found.append(refuse(node, "attention", reason, "whole"))

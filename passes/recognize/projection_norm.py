@@ -49,7 +49,7 @@ def _called(node: Node, held: Held, width: int) -> Norm | None:
 def _norm(name: str, node: Node, call: Node, weight: Any, bias: Any, eps: Any, width: int, held: Held) -> Norm | None:
     shape = given(call, 1, "normalized_shape")
     x = given(call, 0, "input")
-    if not isinstance(shape, list | tuple) or len(shape) != 1 or not isinstance(x, Node):
+    if not isinstance(shape, list | tuple) or len(shape) != 1 or not isinstance(x, Node) or isinstance(eps, Node):
         return None
     read = [None if value is None else held(value) for value in (weight, bias)]
     if any(r is None and value is not None for r, value in zip(read, (weight, bias), strict=True)):

@@ -157,7 +157,7 @@ class ScoreReader(ScoreFrame):
         """The scores plus a bias and a mask that were joined before they met the scores; None for any other tensor."""
         while kind(other) == "contiguous":
             other = arguments(other)["x"]
-        a = arguments(other)
+        a = arguments(other) if kind(other) else {}
         if kind(other) in ("where", "masked_fill"):
             sides = (a["x"], a["value"]) if kind(other) == "masked_fill" else (a["a"], a["b"])
             bias = next((side for side in sides if isinstance(side, Node) and self.number(side) is None), None)
