@@ -30,7 +30,7 @@ def compiled(model: Any, reports: list[Report]) -> Any:
     return torch.compile(model, backend=inner, dynamic=True, fullgraph=True)
 
 
-@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+@pytest.mark.parametrize("spelling", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_a_changed_scale_of_a_language_model_compiles_again(spelling: str) -> None:
     model, reports = tiny_llama(2, spelling).eval(), []
     fast = compiled(model, reports)

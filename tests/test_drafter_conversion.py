@@ -92,7 +92,7 @@ def test_what_is_foretold_stands_beside_its_token() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("falcon", "kangaroo") else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("chimera", "falcon", "kangaroo") else ())
         for name in sorted({*TRAINED} - {"medusa"})
     ],
 )
@@ -214,7 +214,7 @@ def test_attention_and_drafter_are_trained_in_one_call(tiny_llama: Path, text: P
 
 
 @pytest.mark.parametrize(
-    "name", ["hydra", "ppd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "kangaroo", "s2d"))]
+    "name", ["ppd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hydra", "falcon", "kangaroo", "s2d"))]
 )
 def test_an_interruption_leaves_the_model_as_it_was_and_goes_on_to_the_same_end(
     tiny_llama: Path, text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

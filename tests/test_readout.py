@@ -24,7 +24,7 @@ def gemma(kind: str) -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES)).eval()
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_what_the_head_reads_gives_the_logits(kind: str) -> None:
     model = gemma(kind)
     with torch.no_grad():
