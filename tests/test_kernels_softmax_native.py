@@ -71,7 +71,7 @@ def test_every_call_equals_the_reference(
     }  # fmt: skip
     got, lse = softmax_attention(**arguments)
     want, want_lse = softmax_attention_reference(**arguments)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-6)
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
