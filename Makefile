@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo      install into .venv and show the whole path on SmolLM2-135M"
-	@echo "make test      lint, types and tests (about a quarter of an hour on two cores)"
+	@echo "make test      lint, types and tests (13 to 25 minutes on two cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     every benchmark, peers beside ours"
 	@echo "make lint      ruff and mypy alone"

@@ -96,11 +96,8 @@ def _norm_of(x: Node, width: int, held: Held) -> Norm | None:
     if found is None:
         return None
     inside = _behind(found.node, x)
-    return (
-        found
-        if all(user in inside for part in inside - {found.node} if x in _behind(part, x) for user in part.users)
-        else None
-    )
+    parts = [part for part in inside - {found.node} if x in _behind(part, x)]
+    return found if all(user in inside for part in parts for user in part.users) else None
 
 
 def _bare(node: Any) -> Any:
@@ -113,7 +110,7 @@ def _gate(product: Node, x: Node) -> tuple[Act, Node] | None:
     """(act, g) of x * act(g) with g of x's shape."""
     if word(product) != "mul":
         return None
-    a, b = product.args[:2]
+    a, b = given(product, 0, "input"), given(product, 1, "other")
     other = b if a is x else a
     if not isinstance(other, Node) or other is x or shape_of(other) != shape_of(x):
         return None
@@ -124,7 +121,8 @@ def _gate(product: Node, x: Node) -> tuple[Act, Node] | None:
         gate = given(other, 0, "input")
         return (acts[name], gate) if isinstance(gate, Node) and shape_of(gate) == shape_of(x) else None
     if name == "mul":
-        for g, act in (other.args[:2], other.args[1::-1]):
+        sides = given(other, 0, "input"), given(other, 1, "other")
+        for g, act in (sides, sides[::-1]):
             if (
                 word(_bare(act)) == "sigmoid"
                 and isinstance(g, Node)
